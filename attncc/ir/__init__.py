@@ -1,0 +1,1 @@
+"""The intermediate representation: operators, expressions, programs and plans."""
