@@ -70,6 +70,10 @@ class KindError(AttnccError):
     """An operator, index or clause got a value of the wrong kind."""
 
 
+class ProgramValueError(AttnccError):
+    """A value that has no meaning where it stands: a zero divisor, a number too large."""
+
+
 class ArgumentError(AttnccError):
     """A call got a wrong, missing or extra argument, shape, dtype or device."""
 

@@ -57,3 +57,9 @@ class Program:
     @property
     def tensors(self) -> tuple[TensorParam, ...]:
         return tuple(p for p in self.params if isinstance(p, TensorParam))
+
+    def __str__(self) -> str:
+        """The program in the language."""
+        from attncc.ir.show import show_program  # it imports this module
+
+        return show_program(self)
