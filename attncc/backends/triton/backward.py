@@ -1,0 +1,390 @@
+"""Prints the backward kernel file of a Plan: delta, then dk and dv by key tile, dq by query tile.
+
+No kernel adds to another's output, so gradients of q, k, v and of per-row and per-column captured
+tensors are bitwise repeatable; only Reduction.PAIR gradients use atomics.
+"""
+
+from __future__ import annotations
+
+from attncc.backends.triton.forward import (
+    POSITIONS,
+    SHAPES,
+    Mods,
+    at_head,
+    decorator,
+    kernel_args,
+    score_lines,
+    sides,
+    strides,
+    tile_load,
+)
+from attncc.backends.triton.lower import Gradient, Reduction
+from attncc.backends.triton.sections import File, Function, Spec, loop, positions, which_tile
+from attncc.backends.triton.text import call, indented
+from attncc.ir.expr import Axis
+from attncc.ir.program import Normalize
+
+LOG2E = "1.4426950408889634"
+
+
+def backward_source(spec: Spec) -> str:
+    """One readable, stand-alone file with the kernels `delta`, `backward_kv` and `backward_q`."""
+    file = File(spec)
+    mods = BackwardMods(file)
+    kernels = [_delta(spec)] if spec.lowering.softmax else []
+    kernels += [_fold(file, mods, "kv"), _kernel_kv(file, mods)]
+    kernels += [_fold(file, mods, "q"), _kernel_q(file, mods)]
+    return file.text("backward", kernels)
+
+
+class BackwardMods(Mods):
+    """The forward's functions, the score's slope, and one function a captured gradient."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(file)
+        lowering = file.spec.lowering
+        leading = ("score", "scale", *POSITIONS)
+        self.slope: Function | None = None
+        if lowering.slope is not None:
+            doc = "d(score) / d(q . k * scale), of the raw q . k."
+            self.slope = file.function("score_slope", doc, [lowering.slope], leading)
+        self.gradients: list[tuple[Gradient, str, Function, Function | None]] = []
+        for at, gradient in enumerate(lowering.gradients):
+            self._gradient(file, at, gradient, leading)
+        functions = [self.slope, *(f for _, _, *fs in self.gradients for f in fs)]
+        names = dict.fromkeys(self.extra)
+        for function in functions:
+            if function is not None:
+                names |= dict.fromkeys(function.extra)
+        self.extra = tuple(names)
+
+    def _gradient(
+        self, file: File, at: int, gradient: Gradient, leading: tuple[str, ...]
+    ) -> None:
+        tensor = gradient.load.tensor.name
+        doc = f"d(score) / d({tensor}), of the raw q . k."
+        factor = file.function(f"grad_{at}_mod", doc, [gradient.factor], leading)
+        index = None
+        if gradient.reduction is Reduction.PAIR:
+            doc = f"Where {tensor} is read."
+            index = file.function(f"grad_{at}_index", doc, gradient.load.at, POSITIONS)
+        self.gradients.append((gradient, f"grad_{at}", factor, index))
+
+    def sums(self, side: str) -> list[tuple[str, Function]]:
+        """Gradients that this kernel sums into one number a row of its own."""
+        mine = Reduction.COLUMN if side == "kv" else Reduction.ROW
+        return [(name, f) for g, name, f, _ in self.gradients if g.reduction is mine]
+
+    def pairs(self) -> list[tuple[Gradient, str, Function, Function]]:
+        """Gradients that the query-tile kernel adds pair by pair."""
+        return [(g, n, f, i) for g, n, f, i in self.gradients if i is not None]
+
+
+def _delta(spec: Spec) -> str:
+    lists = [
+        "out_ptr",
+        *strides("out"),
+        "dout_ptr",
+        *strides("dout"),
+        "dlse_ptr",
+        "delta_ptr",
+        "heads",
+        "q_len",
+    ]
+    shapes = ["HAS_DLSE: tl.constexpr", "VALUE_DIM: tl.constexpr"]
+    shapes += ["BLOCK_M: tl.constexpr", "BLOCK_DV: tl.constexpr"]
+    head = call("def delta", [*lists, *shapes], ":")
+    body = '''"""delta = sum(out * dout) - dlse, one number a query."""
+rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+b = tl.program_id(1) // heads
+h = tl.program_id(1) % heads
+d = tl.arange(0, BLOCK_DV)
+keep = (rows < q_len)[:, None] & (d < VALUE_DIM)[None, :]
+n = rows.to(tl.int64)[:, None]
+out_ptr += b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
+dout_ptr += b.to(tl.int64) * dout_stride_b + h.to(tl.int64) * dout_stride_h
+out = tl.load(out_ptr + n * out_stride_n + d[None, :], mask=keep, other=0.0).to(tl.float32)
+dout = tl.load(dout_ptr + n * dout_stride_n + d[None, :], mask=keep, other=0.0).to(tl.float32)
+total = tl.sum(out * dout, 1)
+at = tl.program_id(1).to(tl.int64) * q_len + rows
+if HAS_DLSE:
+    total -= tl.load(dlse_ptr + at, mask=rows < q_len, other=0.0)
+tl.store(delta_ptr + at, total, mask=rows < q_len)'''
+    return f"{decorator(lists)}\n{head}\n{indented(body)}\n"
+
+
+def _state(mods: BackwardMods, side: str) -> list[str]:
+    sums = [name for name, _ in mods.sums(side)]
+    return (["dk", "dv"] if side == "kv" else ["dq"]) + sums
+
+
+def _fold_args(file: File, mods: BackwardMods, side: str) -> list[str]:
+    """Arguments of the function that folds one tile; the same names in its caller."""
+    spec = file.spec
+    mine, other = (("k", "v"), ("q", "dout")) if side == "kv" else (("q", "dout"), ("k", "v"))
+    rows = ["lse_ptr", "delta_ptr"] if side == "kv" else ["lse", "delta"]
+    tile = ["q_tile", "kv_idx"] if side == "kv" else ["kv_tile", "q_idx", "q_lo"]
+    fixed = ["b", "h", "kv_head", *tile, "q_len", "kv_len", "scale"]
+    extra = [e for e in mods.extra if e not in ("q_len", "kv_len", "kv_head")]
+    pairs = _pair_args(mods) if side == "q" else []
+    return [
+        *_state(mods, side),
+        *mine,
+        *sides(spec, *other),
+        *(rows if spec.lowering.softmax else []),
+        *fixed,
+        *extra,
+        *pairs,
+    ]
+
+
+def _pair_args(mods: BackwardMods) -> list[str]:
+    args = []
+    for gradient, name, _, _ in mods.pairs():
+        args += [f"{name}_ptr", *(f"{name}_stride_{i}" for i in range(len(gradient.load.at)))]
+    return args
+
+
+def _fold(file: File, mods: BackwardMods, side: str) -> str:
+    shapes = ["MASKED: tl.constexpr", *(f"{s}: tl.constexpr" for s in SHAPES)]
+    state = ", ".join(_state(mods, side))
+    head = call(f"def fold_{side}", [*_fold_args(file, mods, side), *shapes], ":")
+    if side == "kv":
+        body = f'"""Add one tile of queries to {state}; tiles are [keys, queries]."""\n'
+        body += _kv_tile(file, mods)
+    else:
+        body = f'"""Add one tile of keys to {state}."""\n' + _q_tile(file, mods)
+    return f"@triton.jit\n{head}\n{indented(body + f'return {state}')}\n"
+
+
+def _kv_tile(file: File, mods: BackwardMods) -> str:
+    spec = file.spec
+    body = "q_lo = q_tile * BLOCK_M\nrows = q_lo + tl.arange(0, BLOCK_M)\nq_idx = rows\n"
+    body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
+    body += tile_load(spec, "q", "q_lo", "BLOCK_M", "BLOCK_D", head="h", length="q_len")
+    body += 'qk = tl.dot(k, q.T, input_precision="ieee")\n'
+    body += score_lines(file, mods, "qk", transposed=True)
+    if spec.lowering.softmax:
+        body += _lse_lines(mods) + _probability(spec, "[None, :]")
+    else:
+        body += _weight(spec)
+    body += tile_load(spec, "dout", "q_lo", "BLOCK_M", "BLOCK_DV", head="h", length="q_len")
+    body += 'dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")\n'
+    if spec.lowering.softmax:
+        body += "delta = tl.load(delta_ptr + rows, mask=rows < q_len, other=0.0)\n"
+    body += 'dp = tl.dot(v, dout.T, input_precision="ieee")\n'
+    body += _ds(spec, "[None, :]")
+    q, kv = "q_idx[None, :]", "kv_idx[:, None]"
+    body += _sums(mods, "kv", q, kv) + _sloped(mods, q, kv)
+    return body + 'dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")\n'
+
+
+def _q_tile(file: File, mods: BackwardMods) -> str:
+    spec = file.spec
+    body = "kv_lo = kv_tile * BLOCK_N\nkv_idx = kv_lo + tl.arange(0, BLOCK_N)\n"
+    for name, columns in (("k", "BLOCK_D"), ("v", "BLOCK_DV")):
+        body += tile_load(
+            spec, name, "kv_lo", "BLOCK_N", columns, head="kv_head", length="kv_len"
+        )
+    body += 'qk = tl.dot(q, k.T, input_precision="ieee")\n'
+    body += score_lines(file, mods, "qk")
+    body += _probability(spec, "[:, None]") if spec.lowering.softmax else _weight(spec)
+    body += 'dp = tl.dot(dout, v.T, input_precision="ieee")\n'
+    body += _ds(spec, "[:, None]")
+    q, kv = "q_idx[:, None]", "kv_idx[None, :]"
+    body += _sums(mods, "q", q, kv) + _pairs(mods, q, kv) + _sloped(mods, q, kv)
+    return body + 'dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")\n'
+
+
+def _lse_lines(mods: BackwardMods) -> str:
+    """Lines that make `lse`, in log2 units and without the row term; inf where a row has none."""
+    row = ""
+    if mods.rows:
+        row = f"lse -= {mods.row_term.call(*mods.row_term.leading)}\n"
+    return f"""\
+lse = tl.load(lse_ptr + rows, mask=rows < q_len, other=float("inf"))
+lse = tl.where(lse == float("-inf"), float("inf"), lse * {LOG2E})
+{row}"""
+
+
+def _probability(spec: Spec, rows: str) -> str:
+    scaled = f"score * (scale * {LOG2E})" if spec.lowering.plain else "score"
+    return f"p = tl.exp2({scaled} - lse{rows})\nif MASKED:\n    p = tl.where(keep, p, 0.0)\n"
+
+
+def _weight(spec: Spec) -> str:
+    sigmoid = spec.lowering.normalize is Normalize.SIGMOID
+    weight = "tl.sigmoid(score)" if sigmoid else "score"
+    return f"p = {weight}\nif MASKED:\n    p = tl.where(keep, p, 0.0)\n"
+
+
+def _ds(spec: Spec, rows: str) -> str:
+    match spec.lowering.normalize:
+        case Normalize.SOFTMAX:
+            return f"ds = p * (dp - delta{rows})\n"
+        case Normalize.SIGMOID:
+            return "ds = dp * p * (1.0 - p)\n"
+        case _:
+            return "ds = dp\nif MASKED:\n    ds = tl.where(keep, ds, 0.0)\n"
+
+
+def _sums(mods: BackwardMods, side: str, q: str, kv: str) -> str:
+    lines = ""
+    for name, factor in mods.sums(side):
+        value = factor.call("qk", "scale", "b", "h", q, kv)
+        lines += f"{name}_ds = ds * {value}\nif MASKED:\n"
+        lines += f"    {name}_ds = tl.where(keep, {name}_ds, 0.0)\n"
+        lines += f"{name} += tl.sum({name}_ds, 1)\n"
+    return lines
+
+
+def _pairs(mods: BackwardMods, q: str, kv: str) -> str:
+    lines = ""
+    for gradient, name, factor, index in mods.pairs():
+        value = factor.call("qk", "scale", "b", "h", q, kv)
+        at = [f"{name}_at_{i}" for i in range(len(gradient.load.at))]
+        where = f"{name}_ptr"
+        for i, axis in enumerate(at):
+            where += f" + {axis} * {name}_stride_{i}"
+        lines += f"{', '.join(at)} = {index.call('b', 'h', q, kv)}\n"
+        lines += f"{name}_keep = ds != 0.0\n"
+        lines += f"if MASKED:\n    {name}_keep = {name}_keep & keep\n"
+        lines += f"tl.atomic_add({where}, ds * {value}, mask={name}_keep)\n"
+    return lines
+
+
+def _sloped(mods: BackwardMods, q: str, kv: str) -> str:
+    if mods.slope is None:
+        return ""
+    value = mods.slope.call("qk", "scale", "b", "h", q, kv)
+    return f"ds = ds * {value}\nif MASKED:\n    ds = tl.where(keep, ds, 0.0)\n"
+
+
+def _kernel_kv(file: File, mods: BackwardMods) -> str:
+    spec, plan = file.spec, file.spec.lowering.plan
+    sums = [name for name, _ in mods.sums("kv")]
+    args = [*sides(spec, "q", "k", "v", "dout"), "dk_ptr", *strides("dk"), "dv_ptr"]
+    args += strides("dv")
+    args += ["lse_ptr", "delta_ptr"] if spec.lowering.softmax else []
+    args += [f"{name}_ptr" for name in sums]
+    args += [*kernel_args(file, mods.extra, plan.key_order), "kv_tiles", "swizzle"]
+    shapes = [f"{s}: tl.constexpr" for s in SHAPES]
+    body = which_tile(plan.key_order, "kv").replace("batch * heads", "batch * (heads // GROUP)")
+    body = body.replace("b = bh // heads", "b = bh // (heads // GROUP)")
+    body = body.replace("h = bh % heads", "kv_head = bh % (heads // GROUP)\nh = kv_head * GROUP")
+    body += "kv_lo = kv_tile * BLOCK_N\nkv_last = tl.minimum(kv_lo + BLOCK_N, kv_len) - 1\n"
+    body += "\n# -- load k and v\n"
+    body += at_head(spec, "k", "kv_head") + at_head(spec, "v", "kv_head")
+    body += tile_load(spec, "k", "kv_lo", "BLOCK_N", "BLOCK_D", head="kv_head", length="kv_len")
+    body += tile_load(spec, "v", "kv_lo", "BLOCK_N", "BLOCK_DV", head="kv_head", length="kv_len")
+    body += "columns = kv_lo + tl.arange(0, BLOCK_N)\nkv_idx = columns\n"
+    body += "".join(f"{line}\n" for line in positions(file, Axis.KV, "kv_idx", "kv_len"))
+    body += "dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n"
+    body += "dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)\n"
+    body += "\n# -- every query head that reads this key head\nfor g in tl.range(0, GROUP):\n"
+    body += indented(_group(file, mods, sums))
+    body += f"""
+# -- store
+{_store("dk", "scale", "columns", "kv_len", "BLOCK_N", "BLOCK_D", "HEAD_DIM", "kv_head")}
+{_store("dv", "", "columns", "kv_len", "BLOCK_N", "BLOCK_DV", "VALUE_DIM", "kv_head")}"""
+    head = call("def backward_kv", [*args, *shapes], ":")
+    return f"{decorator(args)}\n{head}\n{indented(body)}\n"
+
+
+def _group(file: File, mods: BackwardMods, sums: list[str]) -> str:
+    spec = file.spec
+    tiles = loop(file, "kv", "q", "BLOCK_M")
+    body = "h = kv_head * GROUP + g\n"
+    moved = [a for a in ("q", "dout") if not spec.descriptors]
+    names = {a: f"{a}_head_ptr" for a in moved}
+    for a in moved:
+        body += f"{names[a]} = {a}_ptr + b.to(tl.int64) * {a}_stride_b "
+        body += f"+ h.to(tl.int64) * {a}_stride_h\n"
+    rows = []
+    if spec.lowering.softmax:
+        body += "row = (b * heads + h).to(tl.int64) * q_len\n"
+        body += "lse_row_ptr = lse_ptr + row\ndelta_row_ptr = delta_ptr + row\n"
+        rows = ["lse", "delta"]
+    body += "".join(f"{name} = tl.zeros([BLOCK_N], tl.float32)\n" for name in sums)
+    body += tiles.setup
+    renamed = {f"{a}_ptr": names[a] for a in moved}
+    renamed |= {f"{r}_ptr": f"{r}_row_ptr" for r in rows}
+    if tiles.full is not None:
+        body += _loop(file, mods, "kv", *tiles.full, masked=False, renamed=renamed)
+    body += _loop(file, mods, "kv", *tiles.partial, masked=True, renamed=renamed)
+    for name in sums:
+        body += f"at = (b * heads + h).to(tl.int64) * kv_len + columns\n"
+        body += f"tl.store({name}_ptr + at, {name}, mask=columns < kv_len)\n"
+    return body
+
+
+def _loop(
+    file: File,
+    mods: BackwardMods,
+    side: str,
+    count: str,
+    tile: str,
+    *,
+    masked: bool,
+    renamed: dict[str, str],
+) -> str:
+    args = [renamed.get(a, a) for a in _fold_args(file, mods, side)]
+    fold = call(
+        f"{', '.join(_state(mods, side))} = fold_{side}", [*args, str(masked), *SHAPES], indent=4
+    )
+    name = "q_tile" if side == "kv" else "kv_tile"
+    return f"for i in tl.range(0, {count}):\n    {name} = {tile}\n{fold}\n"
+
+
+def _kernel_q(file: File, mods: BackwardMods) -> str:
+    spec, plan = file.spec, file.spec.lowering.plan
+    sums = [name for name, _ in mods.sums("q")]
+    args = [*sides(spec, "q", "k", "v", "dout"), "dq_ptr", *strides("dq")]
+    args += ["lse_ptr", "delta_ptr"] if spec.lowering.softmax else []
+    args += [f"{name}_ptr" for name in sums] + _pair_args(mods)
+    args += [*kernel_args(file, mods.extra, plan.query_order), "q_tiles", "swizzle"]
+    shapes = [f"{s}: tl.constexpr" for s in SHAPES]
+    tiles = loop(file, "q", "kv", "BLOCK_N")
+    body = which_tile(plan.query_order, "q")
+    body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
+    body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n\n# -- load q and dout\n"
+    for name, head in (("q", "h"), ("dout", "h"), ("k", "kv_head"), ("v", "kv_head")):
+        body += at_head(spec, name, head)
+    body += tile_load(spec, "q", "q_lo", "BLOCK_M", "BLOCK_D", head="h", length="q_len")
+    body += tile_load(spec, "dout", "q_lo", "BLOCK_M", "BLOCK_DV", head="h", length="q_len")
+    body += "rows = q_lo + tl.arange(0, BLOCK_M)\nq_idx = rows\n"
+    body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
+    if spec.lowering.softmax:
+        body += "lse_ptr += bh.to(tl.int64) * q_len\ndelta_ptr += bh.to(tl.int64) * q_len\n"
+        body += _lse_lines(mods)
+        body += "delta = tl.load(delta_ptr + rows, mask=rows < q_len, other=0.0)\n"
+    body += "dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n"
+    body += "".join(f"{name} = tl.zeros([BLOCK_M], tl.float32)\n" for name in sums)
+    body += "\n" + tiles.setup + "\n"
+    if tiles.full is not None:
+        body += _loop(file, mods, "q", *tiles.full, masked=False, renamed={})
+    body += _loop(file, mods, "q", *tiles.partial, masked=True, renamed={})
+    body += "\n# -- store\n"
+    for name in sums:
+        body += f"at = bh.to(tl.int64) * q_len + rows\n"
+        body += f"tl.store({name}_ptr + at, {name}, mask=rows < q_len)\n"
+    body += _store("dq", "scale", "rows", "q_len", "BLOCK_M", "BLOCK_D", "HEAD_DIM", "h")
+    head = call("def backward_q", [*args, *shapes], ":")
+    return f"{decorator(args)}\n{head}\n{indented(body)}\n"
+
+
+def _store(
+    name: str, factor: str, index: str, length: str, rows: str, columns: str, dim: str, head: str
+) -> str:
+    lo = "kv_lo" if rows == "BLOCK_N" else "q_lo"
+    value = f"({name} * {factor})" if factor else name
+    return f"""\
+{name}_ptr += b.to(tl.int64) * {name}_stride_b + {head}.to(tl.int64) * {name}_stride_h
+{name}_ptr += tl.cast({lo}, tl.int64) * {name}_stride_n
+n = tl.arange(0, {rows})
+d = tl.arange(0, {columns})
+tl.store(
+    {name}_ptr + n[:, None] * {name}_stride_n + d[None, :],
+    {value}.to({name}_ptr.dtype.element_ty),
+    mask=({index} < {length})[:, None] & (d < {dim})[None, :],
+)"""

@@ -1,0 +1,121 @@
+"""Tile sizes, warps and stages: defaults that were measured, and which ones cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One kernel's schedule: queries and keys a tile, warps a program, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n},warps={self.num_warps},stages={self.num_stages}"
+
+
+KERNELS = ("forward", "backward_kv", "backward_q")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a configuration's cost depends on: padded head dims, bytes an element, the GPU's limits."""
+
+    block_d: int
+    block_dv: int
+    itemsize: int
+    shared_limit: int = 227 * 1024
+    """Bytes of shared memory a program may have."""
+
+    @property
+    def widest(self) -> int:
+        return max(self.block_d, self.block_dv)
+
+
+def padded(dim: int) -> int:
+    """The smallest power of two a tile of this many columns takes; tensor cores want 16."""
+    return max(16, 1 << max(dim - 1, 0).bit_length())
+
+
+def default(kernel: str, shape: Shape) -> Config:
+    """The schedule used without tuning."""
+    if shape.itemsize > 2:
+        return _default_float32(kernel, shape)
+    small, large = shape.widest <= 64, shape.widest > 128
+    match kernel:
+        case "forward":
+            pick = Config(128, 64, 4, 3) if small else Config(128, 64, 8, 3)
+            pick = Config(64, 32, 4, 2) if large else pick
+        case "backward_kv":
+            pick = Config(64, 128, 8, 2) if not small else Config(64, 128, 4, 2)
+            pick = Config(32, 64, 8, 1) if large else pick
+        case _:
+            pick = Config(128, 64, 8, 2) if not small else Config(128, 64, 4, 2)
+            pick = Config(64, 32, 8, 1) if large else pick
+    return _shrunk(kernel, pick, shape)
+
+
+def _default_float32(kernel: str, shape: Shape) -> Config:
+    block = 64 if shape.widest <= 64 else 32 if shape.widest <= 128 else 16
+    match kernel:
+        case "forward":
+            return Config(2 * block, block, 4, 2)
+        case _:
+            return Config(block, block, 4, 1)
+
+
+def _shrunk(kernel: str, config: Config, shape: Shape) -> Config:
+    """Fewer stages, then smaller tiles, until shared memory suffices."""
+    while not fits(kernel, config, shape):
+        m, n, stages = config.block_m, config.block_n, config.num_stages
+        if stages > 1:
+            stages -= 1
+        elif m >= n and m > 16:
+            m //= 2
+        elif n > 16:
+            n //= 2
+        else:
+            break
+        config = Config(m, n, config.num_warps, stages)
+    return config
+
+
+def shared_memory(kernel: str, config: Config, shape: Shape) -> int:
+    """Bytes of shared memory, estimated: the resident tiles, and `num_stages` of the streamed ones."""
+    d, dv = shape.block_d, shape.block_dv
+    m, n = config.block_m, config.block_n
+    match kernel:
+        case "forward":
+            resident, streamed = m * d, n * (d + dv)
+        case "backward_kv":
+            resident, streamed = n * (d + dv), m * (d + dv)
+        case _:
+            resident, streamed = m * (d + dv), n * (d + dv)
+    scratch = m * n if kernel != "forward" else 0
+    return shape.itemsize * (resident + config.num_stages * streamed + scratch)
+
+
+def fits(kernel: str, config: Config, shape: Shape) -> bool:
+    """Whether a schedule can run: shared memory, and accumulators that registers can hold."""
+    m, n = config.block_m, config.block_n
+    rows = {"forward": m * shape.block_dv, "backward_q": m * shape.block_d}
+    accumulators = rows.get(kernel, n * (shape.block_d + shape.block_dv))
+    tiles = m * n if kernel == "forward" else 2 * m * n
+    registers = (accumulators + tiles) / (32 * config.num_warps)
+    return shared_memory(kernel, config, shape) <= shape.shared_limit and registers <= 255
+
+
+def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
+    """Every schedule worth timing, those that cannot fit left out."""
+    blocks = (16, 32, 64, 128) if shape.itemsize > 2 or shape.widest > 128 else (32, 64, 128)
+    for m, n, warps, stages in product(blocks, blocks, (4, 8), (1, 2, 3, 4)):
+        config = Config(m, n, warps, stages)
+        too_thin = m * n < 32 * 32 or m < 16 * warps // 4
+        if not too_thin and fits(kernel, config, shape):
+            yield config

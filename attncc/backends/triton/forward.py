@@ -1,0 +1,320 @@
+"""Prints the forward kernel file of a Plan: out and lse for one query tile a program."""
+
+from __future__ import annotations
+
+from attncc.backends.triton.sections import File, Function, Spec, loop, positions, which_tile
+from attncc.backends.triton.text import call, indented
+from attncc.ir.expr import Axis
+from attncc.ir.plan import Blocks, Order
+from attncc.ir.program import Normalize
+
+POSITIONS = ("b", "h", "q_idx", "kv_idx")
+LISTS = (
+    "index_ptr",
+    "full_count_ptr",
+    "partial_count_ptr",
+    "count_stride_b",
+    "count_stride_h",
+    "list_capacity",
+)
+ORDER = ("order_ptr", "order_stride_b", "order_stride_h")
+SHAPES = ("GROUP", "HEAD_DIM", "VALUE_DIM", "BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV")
+
+
+def forward_source(spec: Spec) -> str:
+    """One readable, stand-alone file with the kernel `forward`."""
+    file = File(spec)
+    mods = Mods(file)
+    kernels = [_attend(file, mods), _kernel(file, mods)]
+    return file.text("forward", kernels)
+
+
+class Mods:
+    """The user's functions as both kernels call them."""
+
+    def __init__(self, file: File) -> None:
+        lowering = file.spec.lowering
+        self.mask: Function | None = None
+        if lowering.mask is not None:
+            doc = "Which pairs are kept."
+            self.mask = file.function("mask_mod", doc, [lowering.mask], POSITIONS)
+        self.score: Function | None = None
+        if not lowering.plain:
+            doc = "The score in log2 units, of the raw q . k."
+            if not lowering.softmax:
+                doc = "The score, of the raw q . k."
+            leading = ("score", "scale", *POSITIONS)
+            self.score = file.function("score_mod", doc, [lowering.score], leading)
+        self.rows = lowering.plan.row_terms_cancel and self.score is not None
+        if self.rows:
+            self._row_term(file)
+        self.extra = _merged(self.mask, self.score)
+
+    def _row_term(self, file: File) -> None:
+        assert self.score is not None
+        at_kv = "tl.minimum(q_lo, kv_len - 1)"
+        extra = tuple(e for e in self.score.extra if e != "kv_len")
+        own = self.score.call("0.0", "scale", "b", "h", "q_idx", "kv_idx")
+        base = self.score.call("0.0", "scale", "b", "h", "q_lo", "kv_idx")
+        head = call("def row_term", ("scale", "b", "h", "q_idx", "q_lo", "kv_len", *extra), ":")
+        doc = '"""What a row\'s scores lack when score_mod is given q_lo for q_idx; it cancels."""'
+        body = f"{doc}\nkv_idx = {at_kv}\nreturn {own} - {base}"
+        leading = ("scale", "b", "h", "q_idx", "q_lo", "kv_len")
+        text = f"@triton.jit\n{head}\n{indented(body)}\n"
+        self.row_term = Function("row_term", leading, extra, text)
+        file.functions.append(self.row_term)
+
+    def row_index(self, expanded: str) -> str:
+        """What score_mod is given for q_idx."""
+        return "q_lo" if self.rows else expanded
+
+
+def _merged(*functions: Function | None) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for function in functions:
+        if function is not None:
+            names |= dict.fromkeys(function.extra)
+    return tuple(names)
+
+
+def sides(spec: Spec, *names: str) -> list[str]:
+    """Kernel arguments of the inputs: a descriptor each, or a pointer and three strides."""
+    if spec.descriptors:
+        return [f"{name}_desc" for name in names]
+    return [a for n in names for a in (f"{n}_ptr", *strides(n))]
+
+
+def strides(name: str) -> list[str]:
+    """Names of a tensor's strides over batch, head and token."""
+    return [f"{name}_stride_{axis}" for axis in "bhn"]
+
+
+def tile_load(
+    spec: Spec, name: str, start: str, rows: str, columns: str, *, head: str, length: str
+) -> str:
+    """Lines that load a [rows, columns] tile of a [B, H, N, D] input, zero outside it."""
+    if spec.descriptors:
+        return f"{name} = {name}_desc.load([b, {head}, {start}, 0]).reshape({rows}, {columns})\n"
+    dim = "HEAD_DIM" if columns == "BLOCK_D" else "VALUE_DIM"
+    return f"""\
+n = tl.arange(0, {rows})
+d = tl.arange(0, {columns})
+at = tl.cast({start}, tl.int64) * {name}_stride_n
+{name} = tl.load(
+    {name}_ptr + at + n[:, None] * {name}_stride_n + d[None, :],
+    mask=({start} + n < {length})[:, None] & (d < {dim})[None, :],
+    other=0.0,
+)
+"""
+
+
+def at_head(spec: Spec, name: str, head: str) -> str:
+    """A line that moves a pointer to its batch and head; nothing for a descriptor."""
+    if spec.descriptors:
+        return ""
+    return f"{name}_ptr += b.to(tl.int64) * {name}_stride_b + {head}.to(tl.int64) * {name}_stride_h\n"
+
+
+def _attend(file: File, mods: Mods) -> str:
+    spec = file.spec
+    softmax = spec.lowering.softmax
+    state = ["acc", "l_i", "m_i"] if softmax else ["acc"]
+    kv = ["b", "h", "kv_head", "q_idx", "q_lo", "kv_tile", "kv_len", "scale"]
+    extra = [e for e in mods.extra if e not in ("kv_len", "kv_head")]
+    shapes = ["MASKED: tl.constexpr", *(f"{s}: tl.constexpr" for s in SHAPES)]
+    args = [*state, "q", *sides(spec, "k", "v"), *kv, *extra, *shapes]
+    doc = (
+        "Fold one tile of keys into the running softmax (acc, l_i, m_i), in log2 units."
+        if softmax
+        else "Add one tile of keys to acc."
+    )
+    k_load = tile_load(
+        spec, "k", "kv_lo", "BLOCK_N", "BLOCK_D", head="kv_head", length="kv_len"
+    )
+    v_load = tile_load(
+        spec, "v", "kv_lo", "BLOCK_N", "BLOCK_DV", head="kv_head", length="kv_len"
+    )
+    body = f'"""{doc}"""\nkv_lo = kv_tile * BLOCK_N\nkv_idx = kv_lo + tl.arange(0, BLOCK_N)\n'
+    body += k_load + score_lines(file, mods, "tl.dot(q, k.T, input_precision=\"ieee\")")
+    body += _softmax_lines(file, mods) if softmax else _weight_lines(spec)
+    body += v_load + 'acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")\n'
+    body += f"return {', '.join(state)}"
+    head = call("def attend", args, ":")
+    return f"@triton.jit\n{head}\n{indented(body)}\n"
+
+
+def score_lines(file: File, mods: Mods, dot: str, *, transposed: bool = False) -> str:
+    """Lines from the product of a tile of q and k to its `score`, and `keep` where MASKED."""
+    q, kv = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
+    lines = [f"score = {dot}"]
+    inside = f"(kv_idx < kv_len){kv}"
+    clamp = positions(file, Axis.KV, "kv_idx", "kv_len")
+    keep = inside
+    if mods.mask is not None:
+        keep = f"{mods.mask.call('b', 'h', f'q_idx{q}', f'kv_idx{kv}')} & inside{kv}"
+    scored = []
+    if mods.score is not None:
+        pair = (mods.row_index(f"q_idx{q}"), f"kv_idx{kv}")
+        scored = [f"score = {mods.score.call('score', 'scale', 'b', 'h', *pair)}"]
+    masked = [f"keep = {keep}"]
+    if mods.mask is not None:
+        masked = ["inside = kv_idx < kv_len", *clamp, *masked]
+    elif clamp:
+        masked += clamp
+    masked_first = ["if MASKED:", *("    " + line for line in masked)]
+    return "\n".join([*lines, *masked_first, *scored]) + "\n"
+
+
+def _softmax_lines(file: File, mods: Mods) -> str:
+    plain = file.spec.lowering.plain
+    # A kept pair may score -inf, but q . k alone cannot: only masks and mods need the guard.
+    top = "tl.max(score, 1) * (scale * 1.4426950408889634)" if plain else "tl.max(score, 1)"
+    scaled = "score * (scale * 1.4426950408889634)" if plain else "score"
+    always = "" if plain else "safe = tl.where(m_new == float(\"-inf\"), 0.0, m_new)\n"
+    lines = f"""\
+if MASKED:
+    score = tl.where(keep, score, float("-inf"))
+m_new = tl.maximum(m_i, {top})
+"""
+    if plain:
+        lines += """\
+safe = m_new
+if MASKED:
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+"""
+    return (
+        lines
+        + always
+        + f"""\
+alpha = tl.exp2(m_i - safe)
+p = tl.exp2({scaled} - safe[:, None])
+l_i = l_i * alpha + tl.sum(p, 1)
+acc = acc * alpha[:, None]
+m_i = m_new
+"""
+    )
+
+
+def _weight_lines(spec: Spec) -> str:
+    weight = "tl.sigmoid(score)" if spec.lowering.normalize is Normalize.SIGMOID else "score"
+    return f"p = {weight}\nif MASKED:\n    p = tl.where(keep, p, 0.0)\n"
+
+
+def kernel_args(file: File, mods_extra: tuple[str, ...], order: Order) -> list[str]:
+    """Arguments every kernel ends with: captured values, sizes, lists and order."""
+    plan = file.spec.lowering.plan
+    sizes = ["batch", "heads", "q_len", "kv_len"]
+    extra = [e for e in mods_extra if e not in (*sizes, "kv_head")]
+    args = [*extra, *sizes, "scale"]
+    if plan.blocks is Blocks.LISTS:
+        args += LISTS
+    if order is Order.BY_WORK:
+        args += ORDER
+    return args
+
+
+def _kernel(file: File, mods: Mods) -> str:
+    spec = file.spec
+    lowering, plan = spec.lowering, spec.lowering.plan
+    softmax = lowering.softmax
+    extra = tuple(dict.fromkeys((*mods.extra, *_sink_extra(file))))
+    args = [*sides(spec, "q", "k", "v"), "out_ptr", *strides("out")]
+    args += ["lse_ptr"] if softmax else []
+    args += [*kernel_args(file, extra, plan.query_order), "q_tiles", "swizzle"]
+    shapes = [f"{s}: tl.constexpr" for s in SHAPES]
+    tiles = loop(file, "q", "kv", "BLOCK_N")
+    body = which_tile(plan.query_order, "q")
+    body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
+    body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n\n# -- load q\n"
+    body += at_head(spec, "q", "h") + at_head(spec, "k", "kv_head") + at_head(spec, "v", "kv_head")
+    body += tile_load(spec, "q", "q_lo", "BLOCK_M", "BLOCK_D", head="h", length="q_len")
+    body += "rows = q_lo + tl.arange(0, BLOCK_M)\nq_idx = rows\n"
+    body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
+    body += "acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)\n"
+    if softmax:
+        body += "l_i = tl.zeros([BLOCK_M], tl.float32)\n"
+        body += 'm_i = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
+    body += "\n" + tiles.setup + "\n"
+    if tiles.full is not None:
+        body += _loop(file, mods, "unmasked", *tiles.full, masked=False)
+    body += _loop(file, mods, "partial", *tiles.partial, masked=True)
+    body += _store(file, mods)
+    head = call("def forward", [*args, *shapes], ":")
+    return f"{decorator(args)}\n{head}\n{indented(body)}\n"
+
+
+NOT_SPECIALIZED = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "q_tiles")
+
+
+def decorator(args: list[str]) -> str:
+    """Which arguments must not recompile the kernel: everything but pointers and strides."""
+    free = [a for a in args if not a.endswith(("_ptr", "_desc")) and "_stride_" not in a]
+    quoted = [f'"{a}"' for a in free]
+    text = call("@triton.jit", ["do_not_specialize=[" + ", ".join(quoted) + "]"])
+    if max(map(len, text.split("\n"))) <= 100:
+        return text
+    inner = "".join(f"        {q},\n" for q in quoted)
+    return f"@triton.jit(\n    do_not_specialize=[\n{inner}    ]\n)"
+
+
+def _loop(
+    file: File, mods: Mods, title: str, count: str, tile: str, *, masked: bool
+) -> str:
+    spec = file.spec
+    state = ["acc", "l_i", "m_i"] if spec.lowering.softmax else ["acc"]
+    kv = ["b", "h", "kv_head", "q_idx", "q_lo", "kv_tile", "kv_len", "scale"]
+    extra = [e for e in mods.extra if e not in ("kv_len", "kv_head")]
+    args = [*state, "q", *sides(spec, "k", "v"), *kv, *extra, str(masked), *SHAPES]
+    fold = call(f"{', '.join(state)} = attend", args, indent=4)
+    return f"# -- {title} tiles\nfor i in tl.range(0, {count}):\n    kv_tile = {tile}\n{fold}\n\n"
+
+
+def _sink_extra(file: File) -> tuple[str, ...]:
+    sink = file.spec.lowering.sink
+    return () if sink is None else file.extras([sink])
+
+
+def _store(file: File, mods: Mods) -> str:
+    spec = file.spec
+    text = ""
+    if spec.lowering.softmax:
+        text = "# -- store; a row that kept no key is 0 and its lse -inf\nempty = l_i == 0.0\n"
+        if spec.lowering.sink is not None:
+            lines, (sink,) = file.printer.body([spec.lowering.sink])
+            text += "\n".join([*lines, f"sink = ({sink}) * 1.4426950408889634"]) + "\n"
+            text += _sink_lines(mods)
+        text += "acc = acc / tl.where(empty, 1.0, l_i)[:, None]\n"
+        if spec.lowering.sink is not None:
+            text += "acc = tl.where(empty[:, None], 0.0, acc)\n"
+        lse = "m_i + tl.log2(l_i)"
+        if mods.rows and spec.lowering.sink is None:
+            lse += f" + {mods.row_term.call(*mods.row_term.leading)}"
+        text += f'lse = tl.where(empty, float("-inf"), ({lse}) * 0.6931471805599453)\n'
+        text += "lse_ptr += bh.to(tl.int64) * q_len\n"
+        text += "tl.store(lse_ptr + rows, lse, mask=rows < q_len)\n"
+    else:
+        text = "# -- store\n"
+    return text + """\
+out_ptr += b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
+out_ptr += tl.cast(q_lo, tl.int64) * out_stride_n
+n = tl.arange(0, BLOCK_M)
+d = tl.arange(0, BLOCK_DV)
+tl.store(
+    out_ptr + n[:, None] * out_stride_n + d[None, :],
+    acc.to(out_ptr.dtype.element_ty),
+    mask=(rows < q_len)[:, None] & (d < VALUE_DIM)[None, :],
+)"""
+
+
+def _sink_lines(mods: Mods) -> str:
+    shift = f"m_i += {mods.row_term.call(*mods.row_term.leading)}\n" if mods.rows else ""
+    return (
+        shift
+        + """\
+m_new = tl.maximum(m_i, sink)
+alpha = tl.where(empty, 0.0, tl.exp2(m_i - m_new))
+l_i = l_i * alpha + tl.exp2(sink - m_new)
+acc = acc * alpha[:, None]
+m_i = m_new
+"""
+    )

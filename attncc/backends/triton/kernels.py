@@ -1,0 +1,40 @@
+"""From a Spec to loaded kernels: printed once, cached by content, imported once a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from attncc import cache
+from attncc.backends.triton.backward import backward_source
+from attncc.backends.triton.forward import forward_source
+from attncc.backends.triton.sections import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A jitted kernel and the names of its arguments, in order."""
+
+    function: Any
+    arguments: tuple[str, ...]
+
+
+@lru_cache(maxsize=256)
+def forward(spec: Spec) -> dict[str, Kernel]:
+    """The kernels of the forward file, by name."""
+    return _load(f"{spec.name}_forward", forward_source(spec), ("forward",))
+
+
+@lru_cache(maxsize=256)
+def backward(spec: Spec) -> dict[str, Kernel]:
+    """The kernels of the backward file, by name."""
+    names = ("delta",) if spec.lowering.softmax else ()
+    names += ("backward_kv", "backward_q")
+    return _load(f"{spec.name}_backward", backward_source(spec), names)
+
+
+def _load(stem: str, text: str, names: tuple[str, ...]) -> dict[str, Kernel]:
+    module: ModuleType = cache.load_module(cache.write_source(stem, text))
+    return {n: Kernel(f := getattr(module, n), tuple(f.arg_names)) for n in names}

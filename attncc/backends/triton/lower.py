@@ -1,0 +1,141 @@
+"""What the kernels of one Plan compute: every expression they print, in the units they use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from attncc.ir.derivative import derivative
+from attncc.ir.expr import (
+    Axis,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Scalar,
+    ScalarParam,
+    Score,
+    TensorParam,
+    axes,
+    walk,
+)
+from attncc.ir.ops import Kind
+from attncc.ir.plan import Plan
+from attncc.ir.program import Normalize
+from attncc.passes.fold_scale import ONE, SCALE, in_log2_units, in_raw_units
+
+
+class Reduction(Enum):
+    """How a kernel hands out the gradient of a captured tensor."""
+
+    ROW = "row"
+    """Summed over keys, one number a query; the index varies with b, h and q_idx at most."""
+    COLUMN = "column"
+    """Summed over queries, one number a key and query head."""
+    PAIR = "pair"
+    """Added to the element itself, pair by pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """d(loss)/d(load) = ds * factor, where ds is the gradient of the score."""
+
+    load: Load
+    factor: Expr
+    reduction: Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """Expressions over Score() as the raw q . k, and everything the kernels' arguments follow from."""
+
+    plan: Plan
+    mask: Expr | None
+    """None where every pair is kept."""
+    score: Expr
+    """Softmax: the score in log2 units; otherwise the score itself."""
+    slope: Expr | None
+    """d(score)/d(scaled q . k); None where it is 1."""
+    gradients: tuple[Gradient, ...]
+    sink: Expr | None
+
+    @property
+    def normalize(self) -> Normalize:
+        return self.plan.program.normalize
+
+    @property
+    def softmax(self) -> bool:
+        return self.normalize is Normalize.SOFTMAX
+
+    @property
+    def plain(self) -> bool:
+        """The score is q . k * scale with a scale known to be positive, so it may follow the max."""
+        return self.softmax and self.plan.score == Score() and self.plan.program.scale is None
+
+
+def lower(plan: Plan) -> Lowering:
+    """The kernels' view of a plan."""
+    program = plan.program
+    softmax = program.normalize is Normalize.SOFTMAX
+    slope = in_raw_units(derivative(plan.score, Score()))
+    return Lowering(
+        plan=plan,
+        mask=None if plan.mask == Const(True) else plan.mask,
+        score=in_log2_units(plan.score) if softmax else in_raw_units(plan.score),
+        slope=None if slope == ONE else slope,
+        gradients=tuple(_gradients(plan.score)),
+        sink=program.sink,
+    )
+
+
+def _gradients(score: Expr) -> Iterable[Gradient]:
+    loads = dict.fromkeys(n for n in walk(score) if isinstance(n, Load) and n.tensor.grad)
+    for load in loads:
+        factor = in_raw_units(derivative(score, load))
+        if factor != Const(0.0):
+            yield Gradient(load, factor, _reduction(load))
+
+
+def _reduction(load: Load) -> Reduction:
+    match bool(load.axes & Axis.Q), bool(load.axes & Axis.KV):
+        case _, False:
+            return Reduction.ROW
+        case False, True:
+            return Reduction.COLUMN
+        case _:
+            return Reduction.PAIR
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """The names a function of some expressions must be given, each in a fixed order."""
+
+    scalars: tuple[ScalarParam, ...]
+    tensors: tuple[TensorParam, ...]
+    kv_head: bool
+    axes: Axis
+    """Which positions captured tensors are read at."""
+
+
+def uses(exprs: Iterable[Expr | None], order: Iterable[ScalarParam | TensorParam]) -> Uses:
+    """What these expressions read, tensors and scalars in the order of `order`."""
+    nodes = [node for expr in exprs if expr is not None for node in walk(expr)]
+    scalars = {n.param for n in nodes if isinstance(n, Scalar) and n.param is not SCALE}
+    tensors = {n.tensor for n in nodes if isinstance(n, Load)}
+    loaded = Axis.NONE
+    for node in nodes:
+        if isinstance(node, Load):
+            loaded |= axes(node)
+    order = tuple(order)
+    return Uses(
+        scalars=tuple(p for p in order if isinstance(p, ScalarParam) and p in scalars),
+        tensors=tuple(p for p in order if isinstance(p, TensorParam) and p in tensors),
+        kv_head=any(isinstance(n, Index) and n.name == "kv_head" for n in nodes),
+        axes=loaded,
+    )
+
+
+def is_float(param: ScalarParam) -> bool:
+    """Whether a kernel takes it as a float."""
+    return param.kind is Kind.FLOAT

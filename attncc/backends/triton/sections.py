@@ -1,0 +1,309 @@
+"""The parts that forward and backward kernel files share: header, mods, tiles, loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attncc.backends.triton.lower import Lowering, Uses, uses
+from attncc.backends.triton.text import (
+    HELPERS,
+    TANH_EXACT,
+    TANH_HALF,
+    Names,
+    Printer,
+    call,
+    indented,
+)
+from attncc.ir.expr import SIZES, Axis, Const, Expr, Load, ScalarParam, TensorParam, walk
+from attncc.ir.plan import Blocks, Order, Ranges, Segment
+from attncc.ir.show import show, show_program
+
+Params = tuple[ScalarParam | TensorParam, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What makes one kernel file differ from another; equal specs give equal bytes.
+
+    half:        inputs are fp16 or bf16, so tanh may be the hardware's.
+    descriptors: tiles come through tensor descriptors (sm_90 and up), not pointers.
+    wide:        integers of the mods need 64 bits.
+    """
+
+    lowering: Lowering
+    half: bool
+    descriptors: bool
+    wide: bool = False
+
+    @property
+    def params(self) -> Params:
+        return (*self.lowering.plan.program.params, *SIZES)
+
+    @property
+    def name(self) -> str:
+        return self.lowering.plan.program.name
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A printed function of one pair of positions, and how to call it."""
+
+    name: str
+    leading: tuple[str, ...]
+    extra: tuple[str, ...]
+    text: str
+
+    def call(self, *args: str) -> str:
+        """A call with its leading arguments; the others keep their names."""
+        return f"{self.name}({', '.join((*args, *self.extra))})"
+
+
+class File:
+    """Collects the functions of one kernel file and what their callers must be given."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        program = spec.lowering.plan.program
+        self.names = Names(p.name for p in program.params)
+        self.printer = Printer(self.names, spec.lowering.plan.proved_loads)
+        self.functions: list[Function] = []
+
+    def extras(self, exprs: Sequence[Expr | None]) -> tuple[str, ...]:
+        """The arguments, beyond positions, that these expressions read."""
+        found = uses(exprs, self.spec.params)
+        args = ["kv_head"] if found.kv_head else []
+        args += [self.names[p.name] for p in found.scalars]
+        for tensor in found.tensors:
+            args += self._tensor(tensor, exprs)
+        return tuple(args)
+
+    def _tensor(self, tensor: TensorParam, exprs: Sequence[Expr | None]) -> list[str]:
+        name, ranks = tensor.name, range(len(tensor.dims))
+        args = [self.names.pointer(name)] + [self.names.stride(name, i) for i in ranks]
+        loads = [n for e in exprs if e is not None for n in walk(e) if isinstance(n, Load)]
+        if any(n.tensor == tensor and n not in self.printer.proved for n in loads):
+            args += [self.names.size(name, i) for i in ranks]
+        return args
+
+    def function(
+        self, name: str, doc: str, outputs: Sequence[Expr], leading: Sequence[str]
+    ) -> Function:
+        """Prints `name`, which returns the outputs, and keeps it."""
+        extra = self.extras(outputs)
+        lines, texts = self.printer.body(outputs)
+        if self.spec.wide:
+            lines = [f"{i} = {i}.to(tl.int64)" for i in ("q_idx", "kv_idx")] + lines
+        body = "\n".join([f'"""{doc}"""', *lines, f"return {', '.join(texts)}"])
+        head = call(f"def {name}", (*leading, *extra), ":")
+        function = Function(name, tuple(leading), extra, f"@triton.jit\n{head}\n{indented(body)}\n")
+        self.functions.append(function)
+        return function
+
+    def text(self, title: str, kernels: Sequence[str]) -> str:
+        """The whole file."""
+        parts = [header(self.spec, title), "import triton\nimport triton.language as tl\n"]
+        tanh = TANH_HALF if self.spec.half else TANH_EXACT
+        used = "".join(f.text for f in self.functions) + "".join(kernels)
+        if "tanh(" in used:
+            parts.append(tanh.strip() + "\n")
+        parts += [HELPERS[h].strip() + "\n" for h in sorted(self.printer.helpers)]
+        if "in_order(" in used:
+            parts.append(IN_ORDER.strip() + "\n")
+        parts += [f.text for f in self.functions]
+        return parts[0] + parts[1] + "\n\n" + "\n\n".join([*parts[2:], *kernels])
+
+
+def header(spec: Spec, title: str) -> str:
+    """The program verbatim, and what was inferred from it."""
+    plan = spec.lowering.plan
+    lines = [f"attncc: {spec.name}, {title}", ""]
+    lines += [f"  {line}".rstrip() for line in show_program(plan.program).strip().split("\n")]
+    if plan.blocks is Blocks.RANGES and plan.key_ranges:
+        lines += ["", "Keys of a query tile:", *_range_lines(plan.key_ranges)]
+    if plan.blocks is Blocks.RANGES and plan.query_ranges:
+        lines += ["", "Queries of a key tile:", *_range_lines(plan.query_ranges)]
+    if plan.blocks is Blocks.LISTS:
+        lines += ["", "Tiles come from lists: full ones from the front, partial ones at the back."]
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def _range_lines(ranges: Ranges) -> list[str]:
+    lines = []
+    for title, segments in (("visit", ranges.visit), ("unmasked", ranges.unmasked)):
+        for segment in segments:
+            lines.append(f"  {title:8} [{show(segment.lo)}, {show(segment.hi)})")
+    return lines
+
+
+def positions(file: File, which: Axis, index: str, length: str) -> list[str]:
+    """Lines that keep positions readable where a captured tensor is read at them."""
+    lowering = file.spec.lowering
+    exprs = (lowering.mask, lowering.score, *(g.load for g in lowering.gradients))
+    if uses(exprs, file.spec.params).axes & which:
+        return [f"{index} = tl.minimum({index}, {length} - 1)"]
+    return []
+
+
+def which_tile(order: Order, rows: str) -> str:
+    """The start of a kernel: its row tile, batch and head."""
+    rank = "rank // width"
+    match order:
+        case Order.REVERSED:
+            tile = f"{rows}_tiles - 1 - {rank}"
+        case Order.BY_WORK:
+            tile = (
+                f"tl.load(order_ptr + b * order_stride_b + h * order_stride_h + {rank}).to(tl.int32)"
+            )
+        case _:
+            tile = rank
+    return f"""\
+# -- which tile is mine: `swizzle` heads at a time, whose other side then stays in L2
+section = tl.program_id(0) // (swizzle * {rows}_tiles)
+rank = tl.program_id(0) % (swizzle * {rows}_tiles)
+width = tl.minimum(swizzle, batch * heads - section * swizzle)
+bh = section * swizzle + rank % width
+b = bh // heads
+h = bh % heads
+{rows}_tile = {tile}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """How a kernel walks the tiles of its other side: set-up lines, and per loop count and tile."""
+
+    setup: str
+    full: tuple[str, str] | None
+    partial: tuple[str, str]
+
+
+def loop(file: File, rows: str, columns: str, block: str) -> Loop:
+    """The unmasked and the partial tiles of one row tile; `columns` is "kv" or "q"."""
+    plan = file.spec.lowering.plan
+    ranges = plan.key_ranges if columns == "kv" else plan.query_ranges
+    if plan.blocks is Blocks.LISTS:
+        return _list_loop(rows)
+    assert ranges is not None
+    return _range_loop(file, ranges, columns, block)
+
+
+def _list_loop(rows: str) -> Loop:
+    setup = f"""\
+# -- its tiles, from the lists
+list_row = b * count_stride_b + h * count_stride_h + {rows}_tile
+full_count = tl.load(full_count_ptr + list_row)
+partial_count = tl.load(partial_count_ptr + list_row)
+full_list_ptr = index_ptr + list_row.to(tl.int64) * list_capacity
+partial_list_ptr = full_list_ptr + list_capacity - partial_count
+"""
+    return Loop(
+        setup,
+        ("full_count", "tl.load(full_list_ptr + i).to(tl.int32)"),
+        ("partial_count", "tl.load(partial_list_ptr + i).to(tl.int32)"),
+    )
+
+
+def _range_loop(file: File, ranges: Ranges, columns: str, block: str) -> Loop:
+    lines = ["# -- its tiles: visited ones, those that need no mask, and the partial rest"]
+    visit = _tiles(file, ranges.visit, "visit", block, outward=True, lines=lines)
+    full = _tiles(file, ranges.unmasked, "full", block, outward=False, lines=lines)
+    gaps = _gaps(full)
+    if full and _from_zero(ranges.visit) and _from_zero(ranges.unmasked):
+        gaps = gaps[1:]
+    starts, counts = _partial(visit, gaps, lines)
+    tile = starts[0] + " + i"
+    for at in range(1, len(starts)):
+        before = f"partial_count_{at - 1}" if len(starts) > 1 else "0"
+        tile = f"tl.where(i < {before}, {tile}, {starts[at]} + i - {before})"
+    partial = (counts, tile)
+    if not full:
+        return Loop("\n".join(lines) + "\n", None, partial)
+    lo, hi = full[0]
+    if len(full) == 1:
+        return Loop("\n".join(lines) + "\n", (f"{hi} - {lo}", f"{lo} + i"), partial)
+    lines.append(f"full_count_0 = {hi} - {lo}")
+    (lo_1, hi_1) = full[1]
+    tile = f"tl.where(i < full_count_0, {lo} + i, {lo_1} + i - full_count_0)"
+    return Loop("\n".join(lines) + "\n", (f"full_count_0 + {hi_1} - {lo_1}", tile), partial)
+
+
+def _tiles(
+    file: File,
+    segments: Sequence[Segment],
+    name: str,
+    block: str,
+    *,
+    outward: bool,
+    lines: list[str],
+) -> list[tuple[str, str]]:
+    """Names of the (first, end) tiles of each segment, in order and disjoint."""
+    assert len(segments) <= 2, "tier 1 keeps at most two segments"
+    result = []
+    for at, segment in enumerate(segments):
+        lo, hi = (f"{name}_{end}" + (f"_{at}" if len(segments) > 1 else "") for end in ("lo", "hi"))
+        before, (lo_text, hi_text) = file.printer.body((segment.lo, segment.hi))
+        lines += before
+        if outward:
+            first, end = f"({lo_text}) // {block}", f"tl.cdiv({hi_text}, {block})"
+        else:
+            first, end = f"tl.cdiv({lo_text}, {block})", f"({hi_text}) // {block}"
+        lines += [f"{lo} = {first}", f"{hi} = tl.maximum({end}, {lo})"]
+        result.append((lo, hi))
+    if len(segments) == 2:
+        lines += _ordered(*result)
+    return result
+
+
+def _ordered(first: tuple[str, str], second: tuple[str, str]) -> list[str]:
+    (a, a_end), (b, b_end) = first, second
+    return [
+        f"{a}, {a_end}, {b}, {b_end} = in_order({a}, {a_end}, {b}, {b_end})",
+    ]
+
+
+IN_ORDER = '''
+@triton.jit
+def in_order(a, a_end, b, b_end):
+    """The union of [a, a_end) and [b, b_end) as two disjoint ranges, the lower one first."""
+    first = tl.minimum(a, b)
+    first_end = tl.where(a <= b, a_end, b_end)
+    second_end = tl.where(a <= b, b_end, a_end)
+    second = tl.maximum(tl.maximum(a, b), first_end)
+    return first, first_end, second, tl.maximum(second, second_end)
+'''
+
+
+def _from_zero(segments: Sequence[Segment]) -> bool:
+    return len(segments) == 1 and segments[0].lo == Const(0)
+
+
+def _gaps(full: Sequence[tuple[str, str]]) -> list[tuple[str | None, str | None]]:
+    """What lies between the full ranges, as (first, end); None is open."""
+    edges: list[str | None] = [None]
+    for lo, hi in full:
+        edges += [lo, hi]
+    edges.append(None)
+    return [(edges[i], edges[i + 1]) for i in range(0, len(edges), 2)]
+
+
+def _partial(
+    visit: Sequence[tuple[str, str]],
+    gaps: Sequence[tuple[str | None, str | None]],
+    lines: list[str],
+) -> tuple[list[str], str]:
+    """First tiles of the partial pieces, and their total count; adds the lines that compute them."""
+    starts: list[str] = []
+    total = ""
+    pieces = [(v, g) for g in gaps for v in visit]
+    for at, ((lo, hi), (gap_lo, gap_hi)) in enumerate(pieces):
+        suffix = f"_{at}" if len(pieces) > 1 else ""
+        start = lo if gap_lo is None else f"partial_lo{suffix}"
+        if gap_lo is not None:
+            lines.append(f"{start} = tl.maximum({lo}, {gap_lo})")
+        end = hi if gap_hi is None else f"tl.minimum({hi}, {gap_hi})"
+        count = f"tl.maximum({end} - {start}, 0)"
+        lines.append(f"partial_count{suffix} = {total + ' + ' if total else ''}{count}")
+        total = f"partial_count{suffix}"
+        starts.append(start)
+    return starts, total

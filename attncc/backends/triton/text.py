@@ -1,0 +1,422 @@
+"""Expressions as Triton source text, with shared subexpressions named."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import assert_never
+
+from attncc.ir import ops
+from attncc.ir.expr import (
+    Apply,
+    Axis,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Scalar,
+    Score,
+    axes,
+    children,
+    kind,
+)
+from attncc.ir.ops import Kind, Op
+from attncc.passes.fold_scale import SCALE
+from attncc.passes.signs import nonnegative, positive
+
+WIDTH = 100
+LONG = 64
+"""A subexpression longer than this gets a line of its own."""
+ROOT = 86
+"""So does a whole expression longer than this."""
+
+# How tightly Triton source binds: Python's levels, where & and | stand for `and` and `or`.
+P_COMPARE, P_OR, P_XOR, P_AND, P_SHIFT, P_SUM, P_TERM, P_UNARY, P_ATOM = range(1, 10)
+
+_INFIX: dict[Op, tuple[str, int]] = {
+    ops.ADD: ("+", P_SUM),
+    ops.SUB: ("-", P_SUM),
+    ops.MUL: ("*", P_TERM),
+    ops.LT: ("<", P_COMPARE),
+    ops.LE: ("<=", P_COMPARE),
+    ops.GT: (">", P_COMPARE),
+    ops.GE: (">=", P_COMPARE),
+    ops.EQ: ("==", P_COMPARE),
+    ops.NE: ("!=", P_COMPARE),
+    ops.AND: ("&", P_AND),
+    ops.OR: ("|", P_OR),
+    ops.BITAND: ("&", P_AND),
+    ops.BITOR: ("|", P_OR),
+    ops.BITXOR: ("^", P_XOR),
+    ops.SHL: ("<<", P_SHIFT),
+    ops.SHR: (">>", P_SHIFT),
+}
+_PREFIX: dict[Op, str] = {ops.NEG: "-", ops.INVERT: "~", ops.NOT: "~"}
+
+_CALLS: dict[Op, str] = {
+    ops.MIN: "tl.minimum",
+    ops.MAX: "tl.maximum",
+    ops.ABS: "tl.abs",
+    ops.WHERE: "tl.where",
+    ops.EXP: "tl.exp",
+    ops.EXP2: "tl.exp2",
+    ops.LOG: "tl.log",
+    ops.LOG2: "tl.log2",
+    ops.SQRT: "tl.sqrt",
+    ops.RSQRT: "tl.rsqrt",
+    ops.SIN: "tl.sin",
+    ops.COS: "tl.cos",
+    ops.SIGMOID: "tl.sigmoid",
+    ops.TANH: "tanh",
+    ops.SOFTPLUS: "softplus",
+    ops.BIT_LENGTH: "bit_length",
+}
+
+HELPERS: dict[str, str] = {
+    "floor_div": '''
+@triton.jit
+def floor_div(x, y):
+    """x // y rounded down, as in Python; Triton's own rounds toward zero."""
+    quotient = x // y
+    return quotient - ((quotient * y != x) & ((x < 0) != (y < 0))).to(tl.int32)
+''',
+    "floor_mod": '''
+@triton.jit
+def floor_mod(x, y):
+    """x % y with the sign of y, as in Python."""
+    rest = x % y
+    return rest + tl.where((rest != 0) & ((rest < 0) != (y < 0)), y, 0)
+''',
+    "nonzero": '''
+@triton.jit
+def nonzero(x):
+    """A divisor for pairs that are masked out anyway."""
+    return tl.where(x == 0, 1, x)
+''',
+    "as_int": '''
+@triton.jit
+def as_int(x):
+    """A loaded integer, wide enough to compute with."""
+    if x.dtype.is_int64():
+        return x
+    else:
+        return x.to(tl.int32)
+''',
+    "softplus": '''
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) without overflow."""
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+''',
+    "bit_length": '''
+@triton.jit
+def bit_length(x):
+    """How many bits |x| takes."""
+    x = tl.abs(x)
+    length = (x > 0).to(tl.int32)
+    for shift in tl.static_range(1, 63):
+        length += ((x.to(tl.int64) >> shift) > 0).to(tl.int32)
+    return length
+''',
+}
+"""Functions a kernel file holds when an expression in it needs them."""
+
+TANH_HALF = '''
+@triton.jit
+def tanh(x):
+    """One hardware instruction: 2**-11 relative error, below what half types keep."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+'''
+TANH_EXACT = '''
+@triton.jit
+def tanh(x):
+    """By exp2 of a negative number, so that nothing overflows."""
+    e = tl.exp2(-2.8853900817779268 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    # Below 0.05 the difference cancels; the series' next term is under 2**-28 of the first there.
+    x2 = x * x
+    small = x * (1.0 - x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.05, small, tl.where(x < 0, -t, t))
+'''
+
+# Names a kernel file uses for itself; a parameter of the same name gets an underscore.
+_OWN = re.compile(
+    r"triton|tl|b|h|bh|i|q|k|v|p|d|n|m|t\d+|kv_head|heads|kv_heads|batch|head_dim|score|mask|scale"
+    r"|acc|out|lse|keep|head|width|rank|section|swizzle|safe|alpha|sink|delta|dout|dq|dk|dv|ds|dp|qk"
+    r"|empty|range|float|int|min|max|tanh|.*_(mod|term|ptr|desc|idx|lo|hi|len|last|[ilo])|.*_count.*"
+    r"|.*(stride|size|tile|capacity|index|order|attend|grad).*|[A-Z_]+|" + "|".join(HELPERS)
+)
+
+
+class Names:
+    """One checked identifier for each parameter, the same in every function of a file."""
+
+    def __init__(self, params: Iterable[str]) -> None:
+        self._names: dict[str, str] = {}
+        taken: set[str] = set()
+        for param in params:
+            assert param.isidentifier(), param
+            name = param
+            while name in taken or keyword.iskeyword(name) or _OWN.fullmatch(name):
+                name += "_"
+            taken.add(name)
+            self._names[param] = name
+
+    def __getitem__(self, param: str) -> str:
+        return self._names.get(param, param)
+
+    def pointer(self, tensor: str) -> str:
+        return f"{self[tensor]}_ptr"
+
+    def stride(self, tensor: str, axis: int) -> str:
+        return f"{self[tensor]}_stride_{axis}"
+
+    def size(self, tensor: str, axis: int) -> str:
+        return f"{self[tensor]}_size_{axis}"
+
+
+class Printer:
+    """Prints the expressions of one kernel file and remembers which helpers they need."""
+
+    def __init__(self, names: Names, proved: frozenset[Expr]) -> None:
+        self.names = names
+        self.proved = proved
+        self.helpers: set[str] = set()
+
+    def body(self, outputs: Sequence[Expr]) -> tuple[list[str], list[str]]:
+        """Assignments for shared and long subexpressions, and the text of each output."""
+        return _Body(self, outputs).run(outputs)
+
+    def inline(self, expr: Expr) -> str:
+        """One line of text, however long."""
+        return _Body(self, (), long=10**9).text(expr)
+
+
+class _Body:
+    def __init__(self, printer: Printer, outputs: Sequence[Expr], long: int = LONG) -> None:
+        self.printer = printer
+        self.long = long
+        self.lines: list[str] = []
+        self.named: dict[Expr, str] = {}
+        self.shared = _repeated(outputs)
+
+    def run(self, outputs: Sequence[Expr]) -> tuple[list[str], list[str]]:
+        texts = [self._root(output) for output in outputs]
+        return self.lines, texts
+
+    def _root(self, expr: Expr) -> str:
+        if expr in self.named or expr in self.shared:
+            return self.text(expr)
+        text, _ = self._print(expr)
+        return text if len(text) <= ROOT else self._name(expr, text)
+
+    def text(self, expr: Expr) -> str:
+        return self._at(expr, 0)
+
+    def _at(self, expr: Expr, precedence: int) -> str:
+        """Text that binds at least as tightly as `precedence`."""
+        if expr in self.named:
+            return self.named[expr]
+        text, own = self._print(expr)
+        if isinstance(expr, Apply | Load) and (expr in self.shared or len(text) > self.long):
+            return self._name(expr, text)
+        return text if own >= precedence else f"({text})"
+
+    def _name(self, expr: Expr | None, text: str) -> str:
+        name = f"t{len(self.lines)}"
+        self.lines.append(f"{name} = {text}")
+        if expr is not None:
+            self.named[expr] = name
+        return name
+
+    def _print(self, expr: Expr) -> tuple[str, int]:
+        match expr:
+            case Const(value):
+                return _literal(value)
+            case Index(name):
+                return name, P_ATOM
+            case Scalar(param):
+                own = param is SCALE
+                return param.name if own else self.printer.names[param.name], P_ATOM
+            case Score():
+                return "score", P_ATOM
+            case Load():
+                return self._load(expr), P_ATOM
+            case Apply():
+                return self._apply(expr)
+            case _:
+                assert_never(expr)
+
+    def _load(self, load: Load) -> str:
+        names = self.printer.names
+        tensor = load.tensor.name
+        where = names.pointer(tensor)
+        for axis, index in enumerate(load.at):
+            text = self._at(index, P_TERM)
+            if load not in self.printer.proved:
+                last = f"{names.size(tensor, axis)} - 1"
+                text = self._name(None, f"tl.minimum(tl.maximum({self.text(index)}, 0), {last})")
+            # A pair's index stays 32-bit along the last axis, whose stride is 1 as a rule.
+            pair = axes(index) & Axis.Q and axes(index) & Axis.KV and axis == len(load.at) - 1
+            if not pair and not isinstance(index, Const):
+                text = f"{_atom(text)}.to(tl.int64)"
+            where += f" + {text} * {names.stride(tensor, axis)}"
+        match load.tensor.kind:
+            case Kind.INT:
+                self.printer.helpers.add("as_int")
+                return f"as_int(tl.load({where}))"
+            case Kind.FLOAT:
+                return f"tl.load({where}).to(tl.float32)"
+            case Kind.BOOL:
+                return f"(tl.load({where}) != 0)"
+            case _:
+                assert_never(load.tensor.kind)
+
+    def _apply(self, expr: Apply) -> tuple[str, int]:
+        op, args = expr.op, expr.args
+        if special := _SPECIAL.get(op):
+            return special(self, expr)
+        if op in _INFIX:
+            symbol, own = _INFIX[op]
+            # Comparisons do not chain here, so both sides must bind tighter.
+            left = self._number(expr, args[0], own + (own == P_COMPARE))
+            right = self._number(expr, args[1], own + 1)
+            return f"{left} {symbol} {right}", own
+        if op in _PREFIX:
+            return f"{_PREFIX[op]}{self._at(args[0], P_UNARY)}", P_UNARY
+        name = _CALLS[op]
+        if name in HELPERS:
+            self.printer.helpers.add(name)
+        return f"{name}({', '.join(self._number(expr, a, 0) for a in args)})", P_ATOM
+
+    def _number(self, expr: Apply, arg: Expr, precedence: int) -> str:
+        """An argument, as a float where the operator computes in floats."""
+        if expr.kind is Kind.FLOAT and kind(arg) is Kind.INT:
+            return self._as_float(arg)
+        return self._at(arg, precedence)
+
+    def _as_float(self, arg: Expr) -> str:
+        if isinstance(arg, Const):
+            return repr(float(arg.value))
+        return f"{_atom(self._at(arg, P_ATOM))}.to(tl.float32)"
+
+    def _floordiv(self, expr: Apply) -> tuple[str, int]:
+        x, y = expr.args
+        if expr.kind is Kind.FLOAT:
+            return f"tl.floor({self._number(expr, x, P_TERM)} / {self._divisor(expr)})", P_ATOM
+        if nonnegative(x) and positive(y):
+            return f"{self._at(x, P_TERM)} // {self._at(y, P_TERM + 1)}", P_TERM
+        self.printer.helpers.add("floor_div")
+        return f"floor_div({self.text(x)}, {self._nonzero(y)})", P_ATOM
+
+    def _mod(self, expr: Apply) -> tuple[str, int]:
+        x, y = expr.args
+        if expr.kind is Kind.FLOAT:
+            left, right = self._number(expr, x, P_ATOM), self._divisor(expr)
+            return f"{left} - tl.floor({left} / {right}) * {right}", P_SUM
+        if nonnegative(x) and positive(y):
+            return f"{self._at(x, P_TERM)} % {self._at(y, P_TERM + 1)}", P_TERM
+        self.printer.helpers.add("floor_mod")
+        return f"floor_mod({self.text(x)}, {self._nonzero(y)})", P_ATOM
+
+    def _nonzero(self, divisor: Expr) -> str:
+        if isinstance(divisor, Const | Scalar):  # checked when bound
+            return self.text(divisor)
+        self.printer.helpers.add("nonzero")
+        return f"nonzero({self.text(divisor)})"
+
+    def _divisor(self, expr: Apply) -> str:
+        return self._number(expr, expr.args[1], P_TERM + 1)
+
+    def _div(self, expr: Apply) -> tuple[str, int]:
+        return f"{self._number(expr, expr.args[0], P_TERM)} / {self._divisor(expr)}", P_TERM
+
+    def _floor(self, expr: Apply) -> tuple[str, int]:
+        (x,) = expr.args
+        if kind(x) is Kind.INT:
+            return self._print(x)
+        return f"tl.floor({self.text(x)}).to(tl.int32)", P_ATOM
+
+    def _int(self, expr: Apply) -> tuple[str, int]:
+        (x,) = expr.args
+        if kind(x) is Kind.INT:
+            return self._print(x)
+        return f"{_atom(self._at(x, P_ATOM))}.to(tl.int32)", P_ATOM
+
+    def _float(self, expr: Apply) -> tuple[str, int]:
+        (x,) = expr.args
+        return (self._print(x)) if kind(x) is Kind.FLOAT else (self._as_float(x), P_ATOM)
+
+    def _equal(self, expr: Apply) -> tuple[str, int]:
+        x, y = expr.args
+        symbol, own = _INFIX[expr.op]
+        return f"{self._at(x, own + 1)} {symbol} {self._at(y, own + 1)}", own
+
+
+_SPECIAL: dict[Op, Callable[[_Body, Apply], tuple[str, int]]] = {
+    ops.FLOORDIV: _Body._floordiv,
+    ops.MOD: _Body._mod,
+    ops.DIV: _Body._div,
+    ops.FLOOR: _Body._floor,
+    ops.INT: _Body._int,
+    ops.FLOAT: _Body._float,
+    ops.EQ: _Body._equal,
+    ops.NE: _Body._equal,
+}
+
+
+def _atom(text: str) -> str:
+    """Text that a method call may follow."""
+    return text if text.isidentifier() or (text.endswith(")") and _closed(text)) else f"({text})"
+
+
+def _closed(text: str) -> bool:
+    """Whether the last parenthesis closes the first one, so that `text` is a call or a group."""
+    depth = 0
+    for at, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0 and char == ")" and at < len(text) - 1 and text[at + 1] != ".":
+            return False
+        if depth == 0 and char in " +-*/%<>=&|^~":
+            return False
+    return True
+
+
+def _literal(value: bool | int | float) -> tuple[str, int]:
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return f'float("{value}")', P_ATOM
+    return repr(value), P_UNARY if value < 0 else P_ATOM
+
+
+def _repeated(outputs: Sequence[Expr]) -> set[Expr]:
+    """Compound subexpressions that occur more than once."""
+    counts: Counter[Expr] = Counter()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, Apply | Load):
+            continue
+        counts[node] += 1
+        if counts[node] == 1:
+            stack.extend(children(node))
+    return {node for node, count in counts.items() if count > 1}
+
+
+def call(prefix: str, args: Sequence[str], suffix: str = "", indent: int = 0) -> str:
+    """`prefix(args)suffix` on one line where it fits, else one argument a line, as ruff has it."""
+    pad = " " * indent
+    line = f"{pad}{prefix}({', '.join(args)}){suffix}"
+    if len(line) <= WIDTH:
+        return line
+    inner = "".join(f"{pad}    {arg},\n" for arg in args)
+    return f"{pad}{prefix}(\n{inner}{pad}){suffix}"
+
+
+def indented(text: str, by: int = 4) -> str:
+    """Every non-empty line moved right."""
+    pad = " " * by
+    return "\n".join(pad + line if line else line for line in text.split("\n"))

@@ -1,0 +1,107 @@
+"""Scores in the units a kernel computes: of the raw q . k, in log2, with constants folded."""
+
+from __future__ import annotations
+
+import math
+
+from attncc.ir import ops
+from attncc.ir.expr import Apply, Axis, Const, Expr, Load, Scalar, ScalarParam, Score, axes, kind, walk
+from attncc.ir.ops import Kind
+
+SCALE = ScalarParam("scale", Kind.FLOAT)
+"""The factor that makes a score of q . k; the caller computes it."""
+
+ONE = Const(1.0)
+LOG2E = Const(math.log2(math.e))
+
+
+def in_raw_units(expr: Expr) -> Expr:
+    """The same value, where Score() now stands for the raw q . k."""
+    return _times(expr, ONE)
+
+
+def in_log2_units(score: Expr) -> Expr:
+    """score * log2(e), where Score() now stands for the raw q . k."""
+    return _times(score, LOG2E)
+
+
+def uniform(expr: Expr) -> bool:
+    """Whether one value serves a whole tile: nothing in it varies with q_idx, kv_idx or the score."""
+    return not axes(expr) & (Axis.Q | Axis.KV)
+
+
+def _times(expr: Expr, factor: Expr) -> Expr:
+    """expr * factor, with the uniform factor moved to where it is cheapest."""
+    if uniform(expr) or kind(expr) is not Kind.FLOAT or isinstance(expr, Load):
+        return _product(expr, factor)
+    if isinstance(expr, Score):
+        return Apply(ops.MUL, (expr, _product(Scalar(SCALE), factor)))
+    assert isinstance(expr, Apply), expr
+    op, args = expr.op, expr.args
+    if op is ops.ADD or op is ops.SUB:
+        return Apply(op, (_times(args[0], factor), _times(args[1], factor)))
+    if op is ops.NEG:
+        return Apply(op, (_times(args[0], factor),))
+    if op is ops.WHERE:
+        condition = _rescaled(args[0])
+        return Apply(op, (condition, _times(args[1], factor), _times(args[2], factor)))
+    if op is ops.MUL:
+        return _times_product(args[0], args[1], factor)
+    if op is ops.DIV and uniform(args[1]):
+        return _times(args[0], _product(factor, _inverse(args[1])))
+    return _product(_rescaled(expr), factor)
+
+
+def _times_product(left: Expr, right: Expr, factor: Expr) -> Expr:
+    if uniform(left):
+        return _times(right, _product(left, factor))
+    if uniform(right):
+        return _times(left, _product(right, factor))
+    if _count_axes(left) <= _count_axes(right):
+        return Apply(ops.MUL, (_times(left, factor), in_raw_units(right)))
+    return Apply(ops.MUL, (in_raw_units(left), _times(right, factor)))
+
+
+def _rescaled(expr: Expr) -> Expr:
+    """The same operator over arguments in raw units."""
+    match expr:
+        case Apply(op, args):
+            return Apply(op, tuple(map(in_raw_units, args)), expr.span)
+        case _:
+            return expr
+
+
+def _count_axes(expr: Expr) -> int:
+    has_score = any(isinstance(node, Score) for node in walk(expr))
+    return bin(axes(expr).value).count("1") + 8 * has_score
+
+
+def _inverse(expr: Expr) -> Expr:
+    if isinstance(expr, Const) and expr.value != 0:
+        return Const(1.0 / expr.value)
+    return Apply(ops.DIV, (ONE, expr))
+
+
+def _product(left: Expr, right: Expr) -> Expr:
+    """left * right, constants gathered on the right."""
+    if left == ONE:
+        return right
+    if right == ONE:
+        return left
+    match left, right:
+        case Const(a), Const(b):
+            return Const(float(a) * float(b))
+        case _, _ if uniform(left) and not uniform(right):
+            return _product(right, left)
+        case Const(), _ if uniform(right):
+            return _product(right, left)
+        case Apply(op, (inner, other)), _ if (
+            op is ops.MUL and uniform(right) and _gathers(inner, other)
+        ):
+            return Apply(ops.MUL, (inner, _product(other, right)))
+    return Apply(ops.MUL, (left, right))
+
+
+def _gathers(inner: Expr, other: Expr) -> bool:
+    """Whether a new uniform factor should join `other`, so that an element pays one product."""
+    return isinstance(other, Const) or (uniform(other) and not uniform(inner))
