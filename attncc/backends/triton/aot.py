@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -93,6 +94,12 @@ def target(name: str) -> Target:
         hint = suggest(name, TARGETS) or f"targets are {', '.join(TARGETS)}"
         raise ArgumentError(f"there is no target {name!r}", hint=hint)
     return TARGETS[name]
+
+
+def missing_tools() -> tuple[str, ...]:
+    """The programs of Triton's wheel that are needed here, and are not there."""
+    tools = {"ptxas": knobs.nvidia.ptxas, "cuobjdump": knobs.nvidia.cuobjdump}
+    return tuple(name for name, tool in tools.items() if not Path(tool.path).exists())
 
 
 def compile_for(
