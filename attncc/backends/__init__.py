@@ -1,0 +1,1 @@
+"""Backends: dense defines a Program's meaning, cpu and triton run Plans."""
