@@ -1,0 +1,130 @@
+"""What a Plan decided, in words and as plain data, for `print(plan)` and `attncc explain`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attncc.ir.expr import FALSE, TRUE, Load, walk
+from attncc.ir.plan import Blocks, Order, Plan, Ranges, TileTest
+from attncc.ir.show import show, show_param
+
+INDENT = "  "
+
+
+def lines(plan: Plan) -> list[str]:
+    """The decisions of a plan, a line each, indented by two spaces below their titles."""
+    parts = [tier(plan)]
+    parts += _section("keys of a query tile, q_lo to q_last", _ranges(plan.key_ranges, "kv_idx"))
+    parts += _section(
+        "queries of a key tile, kv_lo to kv_last", _ranges(plan.query_ranges, "q_idx")
+    )
+    if plan.blocks is Blocks.LISTS:
+        parts += _section("tile test", _tile_test(plan.tiles))
+    parts += _section("score", _score(plan))
+    parts += _section("order of work", _orders(plan))
+    parts += _section("notes", [f"{note.by}: {note.text}" for note in plan.notes])
+    return parts
+
+
+def tier(plan: Plan) -> str:
+    """Where the tiles come from, in a sentence."""
+    match plan.blocks:
+        case Blocks.RANGES if plan.mask == TRUE:
+            return "tier 1: every pair is kept, so every tile is full"
+        case Blocks.RANGES:
+            return "tier 1: loop bounds in closed form; no table, whatever the arguments"
+        case Blocks.LISTS:
+            reads = len(plan.tiles.summaries)
+            what = f"{reads} summar{'y' if reads == 1 else 'ies'} of minima and maxima"
+            return f"tier 2: lists of tiles, classified by intervals from {what}"
+
+
+def data(plan: Plan) -> dict[str, Any]:
+    """The same decisions for tools; every expression is text of the language."""
+    return {
+        "tier": 1 if plan.blocks is Blocks.RANGES else 2,
+        "why": tier(plan),
+        "mask": show(plan.mask),
+        "score": show(plan.score),
+        "key_ranges": _ranges_data(plan.key_ranges),
+        "query_ranges": _ranges_data(plan.query_ranges),
+        "tile_test": {
+            "must": show(plan.tiles.must),
+            "may": show(plan.tiles.may),
+            "summaries": [
+                {"expr": show(s.expr), "axis": s.axis.name, "low": s.low.name, "high": s.high.name}
+                for s in plan.tiles.summaries
+            ],
+        },
+        "query_order": plan.query_order.value,
+        "key_order": plan.key_order.value,
+        "row_terms_cancel": plan.row_terms_cancel,
+        "captured": [{"declared": name, "reads": reads} for name, reads in captured(plan).items()],
+        "notes": [{"by": note.by, "text": note.text} for note in plan.notes],
+    }
+
+
+def captured(plan: Plan) -> dict[str, str]:
+    """For each captured tensor as declared: where it is read, and how reads are kept in range."""
+    program = plan.program
+    exprs = [e for e in (plan.mask, plan.score, program.sink) if e is not None]
+    loads = {node: None for expr in exprs for node in walk(expr) if isinstance(node, Load)}
+    found: dict[str, str] = {}
+    for tensor in program.tensors:
+        own = [load for load in loads if load.tensor == tensor]
+        reads = [f"{show(load)} ({_safety(plan, load)})" for load in own]
+        found[show_param(tensor)] = ", ".join(reads) or "not read"
+    return found
+
+
+def _safety(plan: Plan, load: Load) -> str:
+    return "proved in range" if load in plan.proved_loads else "checked when bound"
+
+
+def _section(title: str, body: list[str]) -> list[str]:
+    return [title, *(INDENT + line for line in body)] if body else []
+
+
+def _ranges(ranges: Ranges | None, name: str) -> list[str]:
+    if ranges is None:
+        return []
+    found = []
+    for title, segments in (("visit", ranges.visit), ("unmasked", ranges.unmasked)):
+        found += [f"{title:9}{show(s.lo)} <= {name} < {show(s.hi)}" for s in segments]
+        if not segments:
+            found.append(f"{title:9}none")
+    if not ranges.complete:
+        found.append("some conditions have no such form, and are left to the tile test")
+    return found
+
+
+def _ranges_data(ranges: Ranges | None) -> dict[str, Any] | None:
+    if ranges is None:
+        return None
+    return {
+        "visit": [[show(s.lo), show(s.hi)] for s in ranges.visit],
+        "unmasked": [[show(s.lo), show(s.hi)] for s in ranges.unmasked],
+        "complete": ranges.complete,
+    }
+
+
+def _tile_test(test: TileTest) -> list[str]:
+    found = [f"full     if {show(test.must)}"] if test.must != FALSE else ["full     never"]
+    if test.may != TRUE:
+        found.append(f"visited  if {show(test.may)}")
+    for summary in test.summaries:
+        side = "query" if summary.axis.name == "Q" else "key"
+        names = f"{summary.low.name}, {summary.high.name}"
+        found.append(f"{names}: least and greatest {show(summary.expr)} of a {side} tile")
+    return found
+
+
+def _score(plan: Plan) -> list[str]:
+    if not plan.row_terms_cancel:
+        return []
+    return ["what depends on the row alone cancels in the softmax, and is given back to lse"]
+
+
+def _orders(plan: Plan) -> list[str]:
+    orders = (("query tiles", plan.query_order), ("key tiles", plan.key_order))
+    return [f"{what}: {order.value}" for what, order in orders if order is not Order.NATURAL]
