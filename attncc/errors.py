@@ -49,7 +49,7 @@ class AttnccError(Exception):
         line = lines[self.span.line - 1]
         # A window of the line, so that a megabyte on one line still shows its caret.
         start = max(0, self.span.column - 1 - 60)
-        window = line[start : start + 120].replace("\t", " ")
+        window = "".join(c if c.isprintable() else " " for c in line[start : start + 120])
         at = self.span.column - 1 - start
         width = max(1, min(self.span.length, len(window) - at))
         return f"    {window}\n    {' ' * at}{'^' * width}"

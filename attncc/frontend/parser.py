@@ -12,11 +12,11 @@ from attncc.errors import ProgramSyntaxError
 from attncc.frontend import tree
 from attncc.frontend.builder import Builder
 from attncc.frontend.layout import Layout
-from attncc.frontend.syntax_errors import unexpected_character, unexpected_token
+from attncc.frontend.syntax_errors import Place, unexpected_character, unexpected_token
 from attncc.ir.expr import Span
 
-MAX_TEXT = 1_000_000
-"""Characters; a program is a few hundred."""
+MAX_TEXT = 250_000
+"""Characters; a program is a few hundred, and the worst text of this length takes 2 s."""
 
 
 @cache
@@ -39,22 +39,25 @@ def parse_tree(text: str) -> tree.File:
     try:
         tokens = parser.lexer_thread.lex(parser.parser_state)  # type: ignore[no-untyped-call]
         for token in layout.structured(tokens):
-            _feed(parser, token, before, layout)
+            _feed(parser, token, before, layout, text)
             before = token if token.type not in ("_NL", "_INDENT", "_DEDENT") else before
-        result = _feed(parser, _end(text, before), before, layout)
+        result = _feed(parser, _end(text, before), before, layout, text)
     except UnexpectedCharacters as error:
         raise unexpected_character(error, text) from None
     assert isinstance(result, tree.File)
     return result
 
 
-def _feed(parser: InteractiveParser, token: Token, before: Token | None, layout: Layout) -> object:
+def _feed(
+    parser: InteractiveParser, token: Token, before: Token | None, layout: Layout, text: str
+) -> object:
     try:
         return parser.feed_token(token)
-    except UnexpectedToken as error:
-        # accepts(), not error.expected: LALR reduces on tokens that then do not fit
-        accepted = error.accepts if error.accepts is not None else error.expected
-        raise unexpected_token(token, before, frozenset(accepted), layout) from None
+    except UnexpectedToken:
+        # accepts(), not the error's list: LALR reduces on tokens that then do not fit
+        accepted = frozenset(parser.accepts())  # type: ignore[no-untyped-call]
+        place = Place(before, accepted, layout, text)
+        raise unexpected_token(token, place) from None
 
 
 def _end(text: str, before: Token | None) -> Token:

@@ -13,6 +13,7 @@ from attncc.errors import (
     suggest,
 )
 from attncc.frontend import tree
+from attncc.frontend.clauses import CHECKS, a_kind, first, normalize_of
 from attncc.frontend.resolver import Resolver
 from attncc.frontend.scope import (
     BUILTIN_VALUES,
@@ -26,8 +27,7 @@ from attncc.frontend.scope import (
     quoted,
 )
 from attncc.ir import expr as ir
-from attncc.ir import ops
-from attncc.ir.expr import Axis, Span
+from attncc.ir.expr import Span
 from attncc.ir.grid import coordinate
 from attncc.ir.ops import Kind
 from attncc.ir.program import GridAxis, Normalize, Param, Program
@@ -233,10 +233,10 @@ class _ProgramBuilder:
             )
         self.clauses[name] = node
         if name == "normalize":
-            self.normalize = _normalize(node.value)
+            self.normalize = normalize_of(node.value)
             return
         value = self.resolver.expr(node.value, self._scope())
-        self.found[name] = _CHECKS[name](value, node.value.span)
+        self.found[name] = CHECKS[name](value, node.value.span)
 
     def _unknown_clause(self, node: tree.Clause) -> AttnccError:
         name = node.name.name
@@ -300,19 +300,9 @@ def _default(node: tree.Expr, kind: Kind) -> bool | int | float:
     if given is Kind.INT and kind is Kind.FLOAT:
         return float(value)
     raise KindError(
-        f"the default is {_a(given)}, but the parameter is {_a(kind)}",
-        hint=f"write {_a(kind)} here, or declare the parameter {given.value}",
+        f"the default is {a_kind(given)}, but the parameter is {a_kind(kind)}",
+        hint=f"write {a_kind(kind)} here, or declare the parameter {given.value}",
         span=node.span,
-    )
-
-
-def _normalize(node: tree.Expr) -> Normalize:
-    known = {choice.value: choice for choice in Normalize}
-    name = node.name if isinstance(node, tree.Name) else ""
-    if name in known:
-        return known[name]
-    raise ProgramNameError(
-        "normalize is softmax, sigmoid or none", hint=suggest(name, known), span=node.span
     )
 
 
@@ -320,11 +310,11 @@ def _check_size(size: ir.Expr, axis: tree.GridAxis) -> None:
     name, span = axis.name.name, axis.size.span
     if ir.kind(size) is not Kind.INT:
         raise KindError(
-            f"the size of axis '{name}' is {_a(ir.kind(size))}; it must be an int",
+            f"the size of axis '{name}' is {a_kind(ir.kind(size))}; it must be an int",
             hint="write an int, e.g. a parameter frames: int",
             span=span,
         )
-    if ir.axes(size) or _first(size, ir.Load) is not None:
+    if ir.axes(size) or first(size, ir.Load) is not None:
         raise KindError(
             f"the size of axis '{name}' depends on more than scalars and sizes",
             hint="pass it as a scalar parameter, e.g. width: int",
@@ -334,94 +324,3 @@ def _check_size(size: ir.Expr, axis: tree.GridAxis) -> None:
         raise ProgramValueError(
             f"axis '{name}' has no positions", hint="its size is at least 1", span=span
         )
-
-
-def _mask(value: ir.Expr, span: Span) -> ir.Expr:
-    if ir.kind(value) is not Kind.BOOL:
-        raise KindError(
-            f"mask is {_a(ir.kind(value))}; it must be a bool",
-            hint="write a condition such as q_idx >= kv_idx, or x != 0",
-            span=span,
-        )
-    if _first(value, ir.Score) is not None:
-        raise KindError(
-            "mask reads score, which only the score clause can do",
-            hint="mask by position; to drop pairs by score, use score = where(..., score, -1e30)",
-            span=_place(value, ir.Score, span),
-        )
-    return value
-
-
-def _score(value: ir.Expr, span: Span) -> ir.Expr:
-    return _number("score", value, span)
-
-
-def _scale(value: ir.Expr, span: Span) -> ir.Expr:
-    if ir.axes(value) or _first(value, ir.Load) is not None:
-        raise KindError(
-            "scale depends on positions, tensors or score; it is one number for all pairs",
-            hint="put what varies into the score: score = score * ...",
-            span=_varying(value, Axis.NONE, span),
-        )
-    return _number("scale", value, span)
-
-
-def _sink(value: ir.Expr, span: Span) -> ir.Expr:
-    if ir.axes(value) & (Axis.Q | Axis.KV):
-        raise KindError(
-            "sink depends on q_idx, kv_idx or score; it is one logit a head",
-            hint="write e.g. sink = logit[h] with logit: float[heads]",
-            span=_varying(value, Axis.B | Axis.H, span),
-        )
-    return _number("sink", value, span)
-
-
-_CHECKS = {"mask": _mask, "score": _score, "scale": _scale, "sink": _sink}
-
-
-def _number(clause: str, value: ir.Expr, span: Span) -> ir.Expr:
-    """The value as a float; an int is promoted, as everywhere."""
-    match ir.kind(value):
-        case Kind.FLOAT:
-            return value
-        case Kind.INT:
-            return ir.Apply(ops.FLOAT, (value,), span)
-        case Kind.BOOL:
-            hint = "write where(condition, a, b)"
-            if clause == "score":
-                hint = "a condition on pairs is a mask: write mask = ..."
-            raise KindError(f"{clause} is a bool; it must be a number", hint=hint, span=span)
-
-
-def _first(value: ir.Expr, node: type[ir.Score] | type[ir.Load]) -> ir.Expr | None:
-    return next((part for part in ir.walk(value) if isinstance(part, node)), None)
-
-
-def _place(value: ir.Expr, node: type[ir.Score] | type[ir.Load], span: Span) -> Span:
-    """The first such node, if it stands within the clause itself and not in a let above."""
-    found = _first(value, node)
-    return _within(found, span)
-
-
-def _varying(value: ir.Expr, allowed: Axis, span: Span) -> Span:
-    leaves = (
-        part
-        for part in ir.walk(value)
-        if (isinstance(part, ir.Index | ir.Score) and ir.axes(part) & ~allowed)
-        or (isinstance(part, ir.Load) and not allowed)
-    )
-    return _within(next(leaves, None), span)
-
-
-def _within(found: ir.Expr | None, span: Span) -> Span:
-    place = found.span if found is not None else None
-    inside = (
-        place is not None
-        and place.line == span.line
-        and span.column <= place.column < span.column + span.length
-    )
-    return place if place is not None and inside else span
-
-
-def _a(kind: Kind) -> str:
-    return "an int" if kind is Kind.INT else f"a {kind.value}"

@@ -14,6 +14,8 @@ from attncc.errors import (
     suggest,
 )
 from attncc.frontend import tree
+from attncc.frontend.functions import standard
+from attncc.frontend.kind_errors import are, check_index, count, indexed, wrong_kind
 from attncc.frontend.scope import (
     BUILTIN_FUNCTIONS,
     BUILTIN_VALUES,
@@ -96,7 +98,7 @@ class Resolver:
         if isinstance(value, ir.TensorParam):
             raise KindError(
                 f"'{value.name}' is a tensor, not a number",
-                hint=f"index it: {_indexed(value)}",
+                hint=f"index it: {indexed(value)}",
                 span=self._span(span),
             )
         if name in BUILTIN_VALUES:
@@ -120,23 +122,24 @@ class Resolver:
         if len(node.at) != len(tensor.dims):
             dims = ", ".join(map(str, tensor.dims))
             raise KindError(
-                f"'{tensor.name}' has {_count(len(tensor.dims), 'dim')} [{dims}], "
-                f"but {_count(len(node.at), 'index', 'indices')} {_are(len(node.at))} given",
-                hint=f"write {_indexed(tensor)}",
+                f"'{tensor.name}' has {count(len(tensor.dims), 'dim')} [{dims}], "
+                f"but {count(len(node.at), 'index', 'indices')} {are(len(node.at))} given",
+                hint=f"write {indexed(tensor)}",
                 span=span,
             )
         at = tuple(self.expr(part, scope) for part in node.at)
         for part, index in zip(node.at, at, strict=True):
-            _check_index(index, tensor, self._span(part.span))
+            check_index(index, tensor, self._span(part.span))
         return self._measured(ir.Load(tensor, at, span), at, span)
 
     def _builtin(self, node: tree.Call, scope: Scope) -> ir.Expr:
         op = BUILTIN_FUNCTIONS.get(node.name.name)
         if op is None:
-            raise unknown_function(node.name.name, self._span(node.name.span), scope)
+            span = self._span(node.name.span)
+            raise unknown_function(node.name.name, span, scope, standard())
         many = op in (ops.MIN, ops.MAX)
         if len(node.args) != op.arity and not (many and len(node.args) > 2):
-            takes = "two or more arguments" if many else _count(op.arity, "argument")
+            takes = "two or more arguments" if many else count(op.arity, "argument")
             hint = f"write {op.symbol}({', '.join(('x', 'a', 'b')[: op.arity])})"
             if op is ops.WHERE:
                 hint = "write where(condition, a, b)"
@@ -158,7 +161,7 @@ class Resolver:
         if len(node.args) != len(names):
             listed = ", ".join(name.name for name in names)
             raise ProgramSyntaxError(
-                f"{function.name}() takes {_count(len(names), 'argument')}, not {len(node.args)}",
+                f"{function.name}() takes {count(len(names), 'argument')}, not {len(node.args)}",
                 hint=f"write {node.name.name}({listed})",
                 span=self._span(node.span),
             )
@@ -217,7 +220,7 @@ class Resolver:
                     span=self._span(node.right.span),
                 )
         if ir.kind(base) is Kind.BOOL:
-            raise _wrong_kind("**", "a number", (base,), (node.left,), self._span)
+            raise wrong_kind("**", "a number", (base,), (node.left,), self._span)
         if n == 0:
             one: int | float = 1.0 if ir.kind(base) is Kind.FLOAT else 1
             return ir.Const(one, self._span(node.span))
@@ -234,7 +237,7 @@ class Resolver:
         if op in _ON_BOOLS and all(kind is Kind.BOOL for kind in kinds):
             op = _ON_BOOLS[op]
         if op.kind(kinds) is None:
-            raise _wrong_kind(op.symbol, op.expects, args, parts, self._span, op)
+            raise wrong_kind(op.symbol, op.expects, args, parts, self._span, op)
         if op in (ops.DIV, ops.FLOORDIV, ops.MOD) and _constant(args[1]) == 0:
             raise ProgramValueError(
                 f"'{op.symbol}' divides by zero",
@@ -264,21 +267,6 @@ class Resolver:
             hint="compute part of it outside and pass it as a captured tensor",
             span=self._span(span),
         )
-
-
-def _indexed(tensor: ir.TensorParam) -> str:
-    """How the tensor is usually read, for hints."""
-    names = (_INDEX_NAMES.get(str(dim), "...") for dim in tensor.dims)
-    return f"{tensor.name}[{', '.join(names)}]"
-
-
-_INDEX_NAMES = {
-    "batch": "b",
-    "heads": "h",
-    "kv_heads": "kv_head",
-    "q_len": "q_idx",
-    "kv_len": "kv_idx",
-}
 
 
 def _placed(value: ir.Expr, span: Span) -> ir.Expr:
@@ -314,18 +302,6 @@ def _coordinate(node: tree.Attribute, scope: Scope) -> ir.Expr:
     )
 
 
-def _check_index(index: ir.Expr, tensor: ir.TensorParam, span: Span) -> None:
-    kind = ir.kind(index)
-    if kind is Kind.INT:
-        return
-    what = "score" if isinstance(index, ir.Score) else f"a {kind.value}"
-    raise KindError(
-        f"{what} cannot index '{tensor.name}'; an index is an int",
-        hint="write floor(x) or int(x)" if kind is Kind.FLOAT else "write int(x)",
-        span=span,
-    )
-
-
 def _constant(expr: ir.Expr) -> int | float | None:
     """The value of arithmetic on literals, as far as it is plain."""
     match expr:
@@ -349,57 +325,3 @@ _ARITHMETIC: Mapping[Op, Callable[..., int | float]] = {
     ops.MUL: lambda x, y: x * y,
     ops.NEG: lambda x: -x,
 }
-
-
-def _wrong_kind(
-    symbol: str,
-    expects: str,
-    args: tuple[ir.Expr, ...],
-    parts: tuple[tree.Expr, ...],
-    place: Callable[[Span], Span],
-    op: Op | None = None,
-) -> KindError:
-    """An operator that refuses its arguments, the first one at fault underlined."""
-    kinds = tuple(map(ir.kind, args))
-    at = _at_fault(op, kinds)
-    got = " and ".join(kind.value for kind in kinds)
-    name = f"{symbol}()" if op is not None and op.form is Form.CALL else f"'{symbol}'"
-    return KindError(
-        f"{name} takes {expects}, not {got}",
-        hint=_kind_hint(op, kinds, kinds[at]),
-        span=place(parts[at].span),
-    )
-
-
-def _at_fault(op: Op | None, kinds: tuple[Kind, ...]) -> int:
-    """The first argument that no neighbour could make right."""
-    if op is None:
-        return 0
-    if op is ops.WHERE:
-        return 0 if kinds[0] is not Kind.BOOL else 2
-    for at, kind in enumerate(kinds):
-        if op.kind((kind,) * op.arity) is None:
-            return at
-    return len(kinds) - 1
-
-
-def _kind_hint(op: Op | None, kinds: tuple[Kind, ...], fault: Kind) -> str:
-    if op is ops.INVERT and fault is Kind.BOOL:
-        return "write 'not' for bools"
-    if op in (ops.AND, ops.OR, ops.NOT) or (op is ops.WHERE and kinds[0] is not Kind.BOOL):
-        return "write x != 0 to make a condition of a number"
-    if op in _ON_BOOLS and Kind.BOOL in kinds:
-        return "both sides are bools or both are ints; write x != 0, or int(x)"
-    if fault is Kind.FLOAT:
-        return "write floor(x) or int(x) to make an int of a float"
-    if op is ops.EQ or op is ops.NE or op is ops.WHERE:
-        return "write int(x) to make a number of a bool, or x != 0 to make a bool of a number"
-    return "write int(x) to make a number of a bool, or where(x, a, b) to choose by it"
-
-
-def _count(n: int, one: str, many: str = "") -> str:
-    return f"{n} {one}" if n == 1 else f"{n} {many or one + 's'}"
-
-
-def _are(n: int) -> str:
-    return "is" if n == 1 else "are"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from attncc.errors import ProgramNameError, suggest
@@ -98,14 +98,17 @@ def unknown_value(name: str, span: Span, scope: Scope) -> ProgramNameError:
             hint=f"add a parameter for it, e.g. {name}_len: int, or use q_len or kv_len",
             span=span,
         )
-    hint = suggest(name, [*scope.values, *scope.functions, "true", "false", *_FOREIGN])
-    hint = _FOREIGN.get(name, hint)
+    known = [*scope.values, *scope.functions, "true", "false"]
+    hint = _FOREIGN.get(name, "") or suggest(name, known) or suggest(name.lower(), known)
     if not hint and scope.inside is not None:
         hint = f"a def sees only its arguments: write def {scope.inside.name}(..., {name})"
+    hint = hint or "declare it as a parameter, or name a value with 'let' above"
     return ProgramNameError(f"unknown name {quoted(name)}", hint=hint, span=span)
 
 
-def unknown_function(name: str, span: Span, scope: Scope) -> ProgramNameError:
+def unknown_function(
+    name: str, span: Span, scope: Scope, standard: Collection[str]
+) -> ProgramNameError:
     """The error for a name that means nothing as a function here."""
     value = scope.values.get(name)
     if isinstance(value, ir.TensorParam):
@@ -116,8 +119,11 @@ def unknown_function(name: str, span: Span, scope: Scope) -> ProgramNameError:
         return ProgramNameError(
             f"'{name}' is a value, not a function", hint="write * to multiply", span=span
         )
-    hint = suggest(name, [*scope.functions, *BUILTIN_FUNCTIONS])
-    hint = _FOREIGN.get(name, hint)
+    known = [*scope.functions, *BUILTIN_FUNCTIONS]
+    hint = _FOREIGN.get(name, "") or suggest(name, known)
+    if name in standard:
+        hint = f"write above the program: from std import {name}"
+    hint = hint or "write a def for it above the program: def name(args) = EXPR"
     return ProgramNameError(f"unknown function {quoted(name)}", hint=hint, span=span)
 
 
