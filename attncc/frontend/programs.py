@@ -32,6 +32,8 @@ from attncc.ir.grid import coordinate
 from attncc.ir.ops import Kind
 from attncc.ir.program import GridAxis, Normalize, Param, Program
 
+MAX_AXES = 8
+
 _KINDS = {kind.value: kind for kind in Kind}
 _FLAGS = ("sorted", "grad")
 
@@ -203,6 +205,12 @@ class _ProgramBuilder:
             raise ProgramNameError(
                 "'axes' is given twice", hint="name all axes in one 'axes (...)'", span=node.span
             )
+        if len(node.axes) > MAX_AXES:
+            raise ProgramSyntaxError(
+                f"{len(node.axes)} axes; there are at most {MAX_AXES}",
+                hint="join some of them to one",
+                span=node.axes[MAX_AXES].name.span,
+            )
         seen: dict[str, Span] = {}
         grid: list[GridAxis] = []
         for axis in node.axes:
@@ -218,7 +226,8 @@ class _ProgramBuilder:
         self.grid = tuple(grid)
         for base, index in GRID_BASES.items():
             for name in seen:
-                self.coordinates[base, name] = coordinate(self.grid, name, index)
+                found = coordinate(self.grid, name, index)
+                self.coordinates[base, name] = self.resolver.measure(found, node.span)
 
     def _clause(self, node: tree.Clause) -> None:
         name = node.name.name

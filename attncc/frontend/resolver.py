@@ -87,6 +87,14 @@ class Resolver:
             case _:
                 assert_never(node)
 
+    def measure(self, made: ir.Expr, span: Span) -> ir.Expr:
+        """An expression made elsewhere, its size and depth noted like any other's."""
+        parts = ir.children(made)
+        for part in parts:
+            if id(part) not in self._measures:
+                self.measure(part, span)
+        return self._measured(made, parts, span)
+
     def _span(self, span: Span) -> Span:
         """The place to blame: inside a library's def, the user's own call of it."""
         return self._call_span or span
