@@ -110,26 +110,25 @@ def compile_for(
     *,
     num_warps: int = 4,
     num_stages: int = 2,
-    unaligned: frozenset[str] = frozenset(),
+    aligned: frozenset[str] | None = None,
     **options: object,
 ) -> Compiled:
     """Compile a `@triton.jit` function; takes 0.3 to 5 s, and keeps nothing on a device.
 
     signature:  Triton types ("*bf16", "i32", "fp32", ...) of the arguments that are no constexprs.
     constexprs: values of the others.
-    unaligned:  pointers not known to be multiples of 16 bytes; a launch finds out by looking.
+    aligned:    arguments known to be multiples of 16, as a launch finds out by looking; None
+                stands for all pointers.
     options:    further options of Triton's compiler, such as enable_fp_fusion.
     """
     names = list(kernel.arg_names)
+    if aligned is None:
+        aligned = frozenset(n for n, kind in signature.items() if kind.startswith("*"))
     source = ASTSource(
         fn=kernel,
         signature={n: "constexpr" if n in constexprs else signature[n] for n in names},
         constexprs=dict(constexprs),
-        attrs={
-            (names.index(n),): [["tt.divisibility", ALIGNMENT]]
-            for n, kind in signature.items()
-            if kind.startswith("*") and n not in unaligned
-        },
+        attrs={(names.index(n),): [["tt.divisibility", ALIGNMENT]] for n in sorted(aligned)},
     )
     found = triton.compile(
         source,

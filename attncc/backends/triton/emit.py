@@ -1,0 +1,159 @@
+"""The kernel files of a Plan, and what every kernel in them compiles to for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from attncc import cache
+from attncc.backends.triton import aot
+from attncc.backends.triton.backward import backward_source
+from attncc.backends.triton.configs import KERNELS, Config, Shape, default, padded
+from attncc.backends.triton.forward import forward_source
+from attncc.backends.triton.lower import lower
+from attncc.backends.triton.sections import Spec
+from attncc.backends.triton.text import Names
+from attncc.errors import ArgumentError, suggest
+from attncc.ir.expr import ScalarParam, TensorParam
+from attncc.ir.ops import Kind
+from attncc.ir.plan import Plan
+
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Triton's names of the dtypes of q, k and v, and their bytes."""
+DELTA = Config(64, 64, 4, 3)
+"""The schedule of the kernel before the backward's, which streams its inputs once."""
+POINTERS = {Kind.BOOL: "*i1", Kind.INT: "*i64", Kind.FLOAT: "*fp32"}
+NUMBERS = {Kind.BOOL: "u1", Kind.INT: "i32", Kind.FLOAT: "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a compiled kernel is specialised on; the value dim is `head_dim` unless said."""
+
+    dtype: str
+    head_dim: int
+    value_dim: int
+    group: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kernel, compiled with one schedule."""
+
+    kernel: str
+    config: Config
+    compiled: aot.Compiled
+
+
+def spec(plan: Plan, dtype: str, target: aot.Target) -> Spec:
+    """What decides the text of a plan's kernels on that target."""
+    if dtype not in DTYPES:
+        hint = suggest(dtype, DTYPES) or f"dtypes are {', '.join(DTYPES)}"
+        raise ArgumentError(f"there is no dtype {dtype!r}", hint=hint)
+    descriptors = target.name in ("sm_90", "sm_100")
+    return Spec(lower(plan), half=dtype != "fp32", descriptors=descriptors)
+
+
+def sources(found: Spec) -> dict[str, str]:
+    """The text of each kernel file, by its name without the suffix."""
+    return {
+        f"{found.name}_forward": forward_source(found),
+        f"{found.name}_backward": backward_source(found),
+    }
+
+
+def compile_all(plan: Plan, call: Call, target: aot.Target) -> Iterator[Row]:
+    """Compile every kernel of the plan for a target, each with its default schedule."""
+    found = spec(plan, call.dtype, target)
+    for stem, text in sources(found).items():
+        module = cache.load_module(cache.write_source(stem, text))
+        for name in ("delta", *KERNELS):
+            if hasattr(module, name):
+                yield _compile(found, module, name, call, target)
+
+
+def _compile(found: Spec, module: ModuleType, name: str, call: Call, target: aot.Target) -> Row:
+    kernel = getattr(module, name)
+    shape = Shape(
+        padded(call.head_dim), padded(call.value_dim), DTYPES[call.dtype], target.shared_limit
+    )
+    config = DELTA if name == "delta" else default(name, shape)
+    signature = _signature(found, call, config)
+    constants = {**_constants(call, config), **_unit_strides(found)}
+    names = kernel.arg_names
+    compiled = aot.compile_for(
+        kernel,
+        {n: signature[n] for n in names if n not in constants},
+        {n: constants[n] for n in names if n in constants},
+        target,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=frozenset(n for n in names if n.endswith(("_ptr", *_STRIDES))),
+    )
+    return Row(name, config, compiled)
+
+
+_INPUTS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+_STRIDES = ("_stride_b", "_stride_h", "_stride_n")
+_SIZES = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim")
+
+
+def _constants(call: Call, config: Config) -> dict[str, Any]:
+    return {
+        "GROUP": call.group,
+        "HEAD_DIM": call.head_dim,
+        "VALUE_DIM": call.value_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": padded(call.head_dim),
+        "BLOCK_DV": padded(call.value_dim),
+        "HAS_DLSE": False,
+    }
+
+
+def _signature(found: Spec, call: Call, config: Config) -> dict[str, str]:
+    """Triton's type of every argument that a kernel file may name."""
+    ints = (*_SIZES, "list_capacity", "q_tiles", "kv_tiles", "swizzle")
+    lists = ("index", "full_count", "partial_count", "order")
+    types = dict.fromkeys(ints, "i32") | {"scale": "fp32"}
+    types |= {f"{name}_ptr": "*i32" for name in lists}
+    types |= {f"{name}_ptr": "*fp32" for name in ("lse", "dlse", "delta")}
+    for name in _INPUTS:
+        types[f"{name}_ptr"] = f"*{call.dtype}"
+        types[f"{name}_desc"] = _descriptor(name, call, config)
+    types |= {name + end: "i32" for name in (*_INPUTS, "count", "order") for end in _STRIDES}
+    for at, gradient in enumerate(found.lowering.gradients):
+        types[f"grad_{at}_ptr"] = "*fp32"
+        types |= {f"grad_{at}_stride_{n}": "i32" for n in range(len(gradient.load.at))}
+    return types | _parameters(found)
+
+
+def _descriptor(name: str, call: Call, config: Config) -> str:
+    rows = config.block_m if name in ("q", "dout") else config.block_n
+    columns = padded(call.value_dim if name in ("v", "dout") else call.head_dim)
+    return f"tensordesc<{call.dtype}[1, 1, {rows}, {columns}]>"
+
+
+def _parameters(found: Spec) -> dict[str, str]:
+    """The program's own parameters."""
+    params = found.lowering.plan.program.params
+    names = Names(param.name for param in params)
+    types: dict[str, str] = {}
+    for param in params:
+        match param:
+            case ScalarParam(name, kind):
+                types[names[name]] = NUMBERS[kind]
+            case TensorParam(name, kind, dims):
+                types[names.pointer(name)] = POINTERS[kind]
+                for axis in range(len(dims)):
+                    types[names.stride(name, axis)] = types[names.size(name, axis)] = "i32"
+    return types
+
+
+def _unit_strides(found: Spec) -> Mapping[str, int]:
+    """Captured tensors are contiguous: a launch sees the 1, and makes a constant of it."""
+    program = found.lowering.plan.program
+    names = Names(param.name for param in program.params)
+    return {names.stride(t.name, len(t.dims) - 1): 1 for t in program.tensors if t.dims}
