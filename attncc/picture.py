@@ -9,6 +9,8 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from attncc.errors import UnsupportedError
+
 
 class Tile(IntEnum):
     """What a tile of pairs is."""
@@ -64,9 +66,14 @@ def svg(grid: Grid, title: str) -> str:
 
 def save_png(grid: Grid, title: str, path: Path) -> None:
     """The grid as a PNG with axes and a legend; needs matplotlib."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise UnsupportedError(
+            "a PNG needs matplotlib", hint="pip install 'attncc[plot]', or draw an SVG"
+        ) from None
 
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.add_subplot()

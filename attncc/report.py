@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attncc.ir.expr import FALSE, TRUE, Load, walk
-from attncc.ir.plan import Blocks, Order, Plan, Ranges, TileTest
+from attncc.ir.expr import FALSE, TRUE, Expr, Load, TensorParam, kind, walk
+from attncc.ir.ops import Kind
+from attncc.ir.plan import Blocks, Order, Plan, Ranges, Summary, TileTest
 from attncc.ir.show import show, show_param
 
 INDENT = "  "
@@ -34,9 +35,7 @@ def tier(plan: Plan) -> str:
         case Blocks.RANGES:
             return "tier 1: loop bounds in closed form; no table, whatever the arguments"
         case Blocks.LISTS:
-            reads = len(plan.tiles.summaries)
-            what = f"{reads} summar{'y' if reads == 1 else 'ies'} of minima and maxima"
-            return f"tier 2: lists of tiles, classified by intervals from {what}"
+            return "tier 2: lists of tiles, classified by intervals; O(n) to summarize the tensors"
 
 
 def data(plan: Plan) -> dict[str, Any]:
@@ -49,10 +48,10 @@ def data(plan: Plan) -> dict[str, Any]:
         "key_ranges": _ranges_data(plan.key_ranges),
         "query_ranges": _ranges_data(plan.query_ranges),
         "tile_test": {
-            "must": show(plan.tiles.must),
-            "may": show(plan.tiles.may),
+            "must": show(plan.tiles.must, _bounds(plan.tiles)),
+            "may": show(plan.tiles.may, _bounds(plan.tiles)),
             "summaries": [
-                {"expr": show(s.expr), "axis": s.axis.name, "low": s.low.name, "high": s.high.name}
+                {"expr": show(s.expr), "axis": str(s.axis.name).lower()}
                 for s in plan.tiles.summaries
             ],
         },
@@ -93,8 +92,7 @@ def _ranges(ranges: Ranges | None, name: str) -> list[str]:
         found += [f"{title:9}{show(s.lo)} <= {name} < {show(s.hi)}" for s in segments]
         if not segments:
             found.append(f"{title:9}none")
-    if not ranges.complete:
-        found.append("some conditions have no such form, and are left to the tile test")
+    found += [f"{'beyond':9}{show(part)}" for part in ranges.left_out]
     return found
 
 
@@ -109,14 +107,24 @@ def _ranges_data(ranges: Ranges | None) -> dict[str, Any] | None:
 
 
 def _tile_test(test: TileTest) -> list[str]:
-    found = [f"full     if {show(test.must)}"] if test.must != FALSE else ["full     never"]
-    if test.may != TRUE:
-        found.append(f"visited  if {show(test.may)}")
+    names = _bounds(test)
+    found = [f"full     if {show(test.must, names)}"] if test.must != FALSE else ["full     never"]
+    return found + ([f"visited  if {show(test.may, names)}"] if test.may != TRUE else [])
+
+
+def _bounds(test: TileTest) -> dict[Expr, str]:
+    """`lowest(doc[b, kv_idx])` for reads of that summary: over the tile of its position."""
+    words: dict[TensorParam, str] = {}
     for summary in test.summaries:
-        side = "query" if summary.axis.name == "Q" else "key"
-        names = f"{summary.low.name}, {summary.high.name}"
-        found.append(f"{names}: least and greatest {show(summary.expr)} of a {side} tile")
-    return found
+        low, high = _words(summary)
+        words |= {summary.low: f"{low}({show(summary.expr)})"}
+        words |= {summary.high: f"{high}({show(summary.expr)})"}
+    nodes = [*walk(test.must), *walk(test.may)]
+    return {n: words[n.tensor] for n in nodes if isinstance(n, Load) and n.tensor in words}
+
+
+def _words(summary: Summary) -> tuple[str, str]:
+    return ("all", "any") if kind(summary.expr) is Kind.BOOL else ("lowest", "highest")
 
 
 def _score(plan: Plan) -> list[str]:

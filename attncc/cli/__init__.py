@@ -12,6 +12,10 @@ import click
 
 from attncc.cli.check import check
 from attncc.cli.doctor import doctor
+from attncc.cli.emit import emit
+from attncc.cli.explain import explain
+from attncc.cli.run import run
+from attncc.cli.tune import tune
 from attncc.errors import AttnccError
 
 
@@ -35,5 +39,5 @@ def main() -> None:
     """Compile a few lines of attention to a checked, readable kernel."""
 
 
-for command in (check, doctor):
+for command in (check, explain, emit, run, tune, doctor):
     main.add_command(command)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attncc.inputs import Captured, Lengths
     from attncc.ir.expr import ScalarParam
     from attncc.ir.program import Program
+    from attncc.tiles import BoundPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
 COUNT = click.IntRange(min=1)
@@ -96,6 +97,13 @@ def request(
     _check_complete(program, scalars)
     given = dict(_tensor(text) for text in files)
     return Request(program, lengths, scalars, captured(program, lengths, given, seed))
+
+
+def bound_plan(call: Request, tile: tuple[int, int]) -> BoundPlan:
+    """The plan of a request, with its tiles."""
+    import attncc
+
+    return attncc.compile(call.program).plan(**call.lengths.sizes(), tile=tile, **call.arguments)
 
 
 def tile(text: str) -> tuple[int, int]:
