@@ -170,6 +170,9 @@ Q_LO = Index("q_lo", Axis.Q)
 Q_LAST = Index("q_last", Axis.Q)
 KV_LO = Index("kv_lo", Axis.KV)
 KV_LAST = Index("kv_last", Axis.KV)
+# Numbers of a tile, which index what is kept per tile.
+Q_TILE = Index("q_tile", Axis.Q)
+KV_TILE = Index("kv_tile", Axis.KV)
 
 # Sizes of the call, all >= 0.
 BATCH = ScalarParam("batch", Kind.INT)

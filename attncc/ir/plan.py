@@ -19,7 +19,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Positions lo <= i < hi; int expressions over the other axis' tile bounds, b, h and scalars."""
+    """Positions lo <= i < hi; ints over the other axis' tile bounds, b, h and scalars."""
 
     lo: Expr
     hi: Expr
@@ -34,19 +34,22 @@ class Ranges:
     visit:    covers every position that some row of the tile keeps.
     unmasked: holds only positions that every row of the tile keeps.
     complete: no conjunct of the mask was left out, so tiles outside both are the only partial ones.
+    left_out: the conjuncts that were, or that are bounded but not tightly.
     """
 
     visit: tuple[Segment, ...]
     unmasked: tuple[Segment, ...]
     complete: bool
+    left_out: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """A one-token-axis subexpression, read by the tile test as its exact minimum and maximum.
 
-    low and high are Loads' tensors of dims (batch | 1, heads | 1, tiles), indexed by (b, h, tile);
-    bools are 0 and 1 there. `axis` is Axis.Q or Axis.KV.
+    low and high are Loads' tensors of dims (batch | 1, heads | 1, tiles), indexed by B (or 0), H
+    (or 0), and Q_TILE or KV_TILE; of a bool, low is "all of them" and high "any of them". `axis`
+    is Axis.Q or Axis.KV. Floats are kept wide enough for any dtype, and nan as -inf and inf.
     """
 
     expr: Expr

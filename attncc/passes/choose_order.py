@@ -1,0 +1,33 @@
+"""Choose which row tiles start first, so that heavy ones do not finish last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attncc.ir.expr import Axis
+from attncc.ir.plan import Blocks, Order, Plan, Ranges, Segment
+from attncc.passes.monotone import direction
+
+
+def choose_order(plan: Plan) -> Plan:
+    """REVERSED where spans grow with the tile's number, BY_WORK for lists, else NATURAL."""
+    if plan.blocks is Blocks.LISTS:
+        return replace(plan, query_order=Order.BY_WORK, key_order=Order.BY_WORK)
+    query_order = _order(plan.key_ranges, Axis.Q)
+    return replace(plan, query_order=query_order, key_order=_order(plan.query_ranges, Axis.KV))
+
+
+def _order(ranges: Ranges | None, axis: Axis) -> Order:
+    """Ranges per tile of one axis; spans that shrink have their heavy tiles first already."""
+    if ranges is None or not ranges.visit:
+        return Order.NATURAL
+    growth = [_growth(segment, axis) for segment in ranges.visit]
+    grows = all(g is not None and g >= 0 for g in growth) and 1 in growth
+    return Order.REVERSED if grows else Order.NATURAL
+
+
+def _growth(segment: Segment, axis: Axis) -> int | None:
+    """1 where only the end moves, up; 0 where nothing moves; None for the rest."""
+    if direction(segment.lo, axis) != 0:
+        return None
+    return direction(segment.hi, axis)

@@ -1,0 +1,185 @@
+"""Tier 1: closed-form key ranges per query tile, and query ranges per key tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from attncc.ir import expr as ir
+from attncc.ir import ops
+from attncc.ir.expr import FALSE, TRUE, Axis, Const, Expr, Index, Scalar, apply, axes
+from attncc.ir.plan import Note, Plan, Ranges
+from attncc.ir.rewrite import Rewriter
+from attncc.passes.disjuncts import AtMostZero, Conjunct, Literal, Normalizer
+from attncc.passes.facts import Facts
+from attncc.passes.intervals import Bounder, Interval
+from attncc.passes.isolate import Limit, isolate
+from attncc.passes.monotone import direction
+from attncc.passes.segments import ZERO, Merger, Piece
+from attncc.passes.simplify import RULES
+
+MOST = 2
+"""Segments a kernel loops over; more become one hull."""
+
+
+def infer_ranges(plan: Plan) -> Plan:
+    """Isolates kv_idx (transposed: q_idx) in each literal of the mask's disjunctive form.
+
+    What it cannot isolate is ignored by `visit`, empties that disjunct's `unmasked`, and is listed
+    in `left_out`: positions inside remainders, bits, tensors or several atoms; float comparisons;
+    limits that read a tensor per position, or that are not monotone along the tile.
+    """
+    simplify = Rewriter(RULES)
+    keys, key_notes = _Finder(simplify, ir.KV_IDX, ir.Q_IDX, ir.KV_LEN).ranges(plan.mask)
+    queries, query_notes = _Finder(simplify, ir.Q_IDX, ir.KV_IDX, ir.Q_LEN).ranges(plan.mask)
+    notes = dict.fromkeys((*plan.notes, *key_notes, *query_notes))
+    return replace(plan, key_ranges=keys, query_ranges=queries, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a literal says: pieces to intersect, and whether that is all it says."""
+
+    visit: Piece
+    unmasked: Piece
+    tight: bool
+
+
+NOTHING = Piece(guard=FALSE)
+
+
+class _Finder:
+    """Ranges of one position, over tiles of the other."""
+
+    def __init__(self, simplify: Rewriter, position: Index, other: Index, size: ir.ScalarParam):
+        self.simplify = simplify
+        self.position = position
+        self.other = other
+        self.length = Scalar(size)
+        self.merger = Merger(simplify, self.length)
+        self.bounders: dict[frozenset[Scalar], Bounder] = {}
+
+    def ranges(self, mask: Expr) -> tuple[Ranges, tuple[Note, ...]]:
+        conjuncts = Normalizer(self.position.axes)(mask)
+        visit: list[Piece] = []
+        unmasked: list[Piece] = []
+        left_out: dict[Expr, None] = {}
+        for conjunct in conjuncts:
+            some, every, loose = self._conjunct(conjunct)
+            visit.append(some)
+            unmasked.append(every)
+            left_out |= dict.fromkeys(loose)
+        return self._ranges(visit, unmasked, tuple(left_out))
+
+    def _ranges(
+        self, visit: list[Piece], unmasked: list[Piece], left_out: tuple[Expr, ...]
+    ) -> tuple[Ranges, tuple[Note, ...]]:
+        notes: list[Note] = []
+        some = self.merger.union(visit, MOST)
+        every = self.merger.union(unmasked, MOST)
+        complete = not left_out and some is not None and every is not None
+        if some is None or every is None:
+            text = f"more than {MOST} segments of {self.position.name}: one hull around them"
+            notes.append(Note("infer_ranges", text))
+        if some is None:
+            some = (self.merger.hull(visit),)
+        return Ranges(some, every or (), complete, left_out), tuple(notes)
+
+    def _conjunct(self, conjunct: Conjunct) -> tuple[Piece, Piece, list[Expr]]:
+        visit, unmasked = Piece(), Piece()
+        loose: list[Expr] = []
+        for literal in conjunct:
+            found = self._literal(literal)
+            visit = self._both(visit, found.visit)
+            unmasked = self._both(unmasked, found.unmasked)
+            if not found.tight:
+                loose.append(literal.source if isinstance(literal, AtMostZero) else literal)
+        return visit, unmasked, loose
+
+    def _both(self, one: Piece, two: Piece) -> Piece:
+        guard = self.simplify.make(ops.AND, one.guard, two.guard)
+        return Piece((*one.lows, *two.lows), (*one.highs, *two.highs), guard)
+
+    def _literal(self, literal: Literal) -> _Found:
+        if not isinstance(literal, AtMostZero):
+            return self._guard(literal)
+        if not any(axes(atom) & self.position.axes for atom in literal.form.terms):
+            return self._guard(apply(ops.LE, literal.form.expr(), ZERO))
+        limit = isolate(literal.form, self.position)
+        return _Found(Piece(), NOTHING, False) if limit is None else self._limit(limit)
+
+    def _guard(self, literal: Expr) -> _Found:
+        """A bool that does not read the position: all positions or none."""
+        if axes(literal) & self.position.axes:
+            return _Found(Piece(), NOTHING, False)
+        bounds = self._bounder(frozenset())(self.simplify(literal))
+        assert bounds.lo is not None and bounds.hi is not None, "bools have both"
+        tight = bounds.lo is bounds.hi or self._is_threshold(self.simplify(literal))
+        return _Found(Piece(guard=bounds.hi), Piece(guard=bounds.lo), tight)
+
+    def _is_threshold(self, literal: Expr) -> bool:
+        """A comparison that both bounds decide exactly, since each side is monotone."""
+        if not isinstance(literal, ir.Apply) or literal.op not in _COMPARISONS:
+            return False
+        sides = [direction(side, self.other.axes) for side in literal.args]
+        return None not in sides and 0 in sides
+
+    def _limit(self, limit: Limit) -> _Found:
+        bound = self.simplify(limit.bound.expr())
+        limit = self._with_divisors(limit, bound)
+        ends = self._bounder(limit.positive)(bound)
+        tight = direction(bound, self.other.axes, Facts(limit.positive)) is not None
+        outer, inner = (ends.hi, ends.lo) if limit.upper else (ends.lo, ends.hi)
+        visit = self._piece(limit, outer, missing=Piece())
+        return _Found(visit, self._piece(limit, inner, missing=NOTHING), tight)
+
+    def _with_divisors(self, limit: Limit, bound: Expr) -> Limit:
+        """Takes scalars that divide a position to be > 0, where that makes the bound monotone."""
+        if direction(bound, self.other.axes, Facts(limit.positive)) is not None:
+            return limit
+        positive = limit.positive | frozenset(
+            node.args[1]
+            for node in ir.walk(bound)
+            if isinstance(node, ir.Apply)
+            and node.op is ops.FLOORDIV
+            and isinstance(node.args[1], Scalar)
+        )
+        monotone = direction(bound, self.other.axes, Facts(positive)) is not None
+        return replace(limit, positive=positive) if monotone else limit
+
+    def _piece(self, limit: Limit, end: Expr | None, missing: Piece) -> Piece:
+        if end is None:
+            return missing
+        guard = self._all_positive(limit.positive)
+        if limit.upper:
+            past = self.simplify.make(ops.ADD, end, Const(1))
+            none = self.length if missing == Piece() else ZERO
+            return Piece(highs=(self.simplify.make(ops.WHERE, guard, past, none),))
+        none = ZERO if missing == Piece() else self.length
+        return Piece(lows=(self.simplify.make(ops.WHERE, guard, end, none),))
+
+    def _all_positive(self, scalars: frozenset[Scalar]) -> Expr:
+        ordered = sorted(scalars, key=lambda scalar: scalar.param.name)
+        result: Expr = TRUE
+        for scalar in ordered:
+            result = self.simplify.make(ops.AND, result, apply(ops.GT, scalar, ZERO))
+        return result
+
+    def _bounder(self, positive: frozenset[Scalar]) -> Bounder:
+        if positive not in self.bounders:
+            leaf = _hide(self.position.axes)
+            self.bounders[positive] = Bounder(self.simplify, leaf, Facts(positive))
+        return self.bounders[positive]
+
+
+_COMPARISONS = (ops.LT, ops.LE, ops.GT, ops.GE)
+
+
+def _hide(axis: Axis) -> Callable[[Expr], Interval | None]:
+    """No bound may read the position that is looked for."""
+
+    def leaf(expr: Expr) -> Interval | None:
+        assert not axes(expr) & axis, "isolated, so the position is on the other side"
+        return None
+
+    return leaf
