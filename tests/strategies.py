@@ -168,18 +168,12 @@ def conjuncts() -> st.SearchStrategy[Expr]:
 
 def grid_conditions() -> st.SearchStrategy[Expr]:
     """Nearness along an axis of GRID."""
-    return st.builds(
-        lambda name, reach: apply(
-            ops.LE,
-            apply(
-                ops.ABS,
-                apply(ops.SUB, coordinate(GRID, name, Q_IDX), coordinate(GRID, name, KV_IDX)),
-            ),
-            Const(reach),
-        ),
-        st.sampled_from(("y", "x")),
-        st.integers(0, 3),
-    )
+
+    def near(name: str, reach: int) -> Expr:
+        pair = (coordinate(GRID, name, index) for index in (Q_IDX, KV_IDX))
+        return apply(ops.LE, apply(ops.ABS, apply(ops.SUB, *pair)), Const(reach))
+
+    return st.builds(near, st.sampled_from(("y", "x")), st.integers(0, 3))
 
 
 @st.composite

@@ -12,7 +12,7 @@ from attncc.frontend.functions import functions_of
 from attncc.frontend.parser import MAX_TEXT, parse_tree
 from attncc.frontend.programs import resolve_program
 from attncc.frontend.resolver import Resolver
-from attncc.frontend.scope import check_free
+from attncc.frontend.scope import check_new
 from attncc.ir.expr import Span
 from attncc.ir.program import Program
 
@@ -94,7 +94,7 @@ def _programs(file: tree.File, text: str) -> tuple[Program, ...]:
     for node in file.declarations:
         if not isinstance(node, tree.Attention):
             continue
-        check_free(node.name, taken)
+        check_new(node.name, taken)
         taken[node.name.name] = node.name.span
         programs.append(resolve_program(node, functions, resolver, lines))
     if not programs:

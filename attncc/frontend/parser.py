@@ -15,8 +15,8 @@ from attncc.frontend.layout import Layout
 from attncc.frontend.syntax_errors import Place, unexpected_character, unexpected_token
 from attncc.ir.expr import Span
 
-MAX_TEXT = 250_000
-"""Characters; a program is a few hundred, and the worst text of this length takes 2 s."""
+MAX_TEXT = 100_000
+"""Characters; a program is a few hundred, and the worst text of this length takes 2 s to refuse."""
 
 
 @cache

@@ -57,8 +57,8 @@ class Scope:
     """The def whose body this is."""
 
 
-def check_free(name: tree.Ident, taken: Mapping[str, Span]) -> None:
-    """Raise unless the name may be declared here."""
+def check_new(name: tree.Ident, taken: Mapping[str, Span]) -> None:
+    """Raise where the name is taken, or is a word of Python's, which kernels are printed in."""
     text, hint = name.name, "choose another name"
     if text in taken:
         raise ProgramNameError(
@@ -66,6 +66,14 @@ def check_free(name: tree.Ident, taken: Mapping[str, Span]) -> None:
             hint=hint,
             span=name.span,
         )
+    if keyword.iskeyword(text) or text.startswith("__"):
+        raise ProgramNameError(f"{quoted(text)} is a reserved word", hint=hint, span=name.span)
+
+
+def check_free(name: tree.Ident, taken: Mapping[str, Span]) -> None:
+    """Raise unless the name may mean something new in expressions."""
+    check_new(name, taken)
+    text, hint = name.name, "choose another name"
     if text in BUILTIN_VALUES:
         raise ProgramNameError(f"'{text}' is a name of the language", hint=hint, span=name.span)
     if text in BUILTIN_FUNCTIONS:
@@ -74,7 +82,7 @@ def check_free(name: tree.Ident, taken: Mapping[str, Span]) -> None:
         raise ProgramNameError(
             f"'{text}' stands for a token's coordinates, as in {text}.x", hint=hint, span=name.span
         )
-    if text in _KEYWORDS or keyword.iskeyword(text) or text.startswith("__"):
+    if text in _KEYWORDS:
         raise ProgramNameError(f"{quoted(text)} is a reserved word", hint=hint, span=name.span)
 
 

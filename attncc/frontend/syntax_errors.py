@@ -213,6 +213,10 @@ def _missing_operator(token: Token, place: Place) -> bool:
     return words and "STAR" in place.accepted
 
 
+def _missing_comma(token: Token, place: Place) -> bool:
+    return _missing_operator(token, place) and "COMMA" in place.accepted
+
+
 _SITUATIONS: tuple[tuple[Situation, str], ...] = (
     (_no_colon, "end the header with ':'"),
     (
@@ -248,6 +252,7 @@ _SITUATIONS: tuple[tuple[Situation, str], ...] = (
 _LATER_SITUATIONS: tuple[tuple[Situation, str], ...] = (
     (_keyword_argument, "arguments go by position; == compares"),
     (_assigns, "write == to compare; a 'let', clause or parameter starts its own line"),
+    (_missing_comma, "write ',' or an operator between the two"),
     (_missing_operator, "write an operator between the two, e.g. *"),
 )
 
