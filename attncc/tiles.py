@@ -98,6 +98,18 @@ class BoundPlan:
     def kv_tiles(self) -> int:
         return -(-self.binding.kv_len // self.tile[1])
 
+    def retiled(self, tile: tuple[int, int]) -> BoundPlan:
+        """The same call over other tiles; one object for equal tiles."""
+        if tile == self.tile:
+            return self
+        if tile not in self._others:
+            self._others[tile] = BoundPlan(self.plan, self.binding, tile)
+        return self._others[tile]
+
+    @cached_property
+    def _others(self) -> dict[tuple[int, int], BoundPlan]:
+        return {}
+
     # -- classification
 
     def classify(self) -> Tensor:
@@ -166,6 +178,11 @@ class BoundPlan:
     @cached_property
     def _query_lists(self) -> TileLists:
         return _lists(self.classify().transpose(2, 3))
+
+    def work_order(self, lists: TileLists) -> Tensor:
+        """int32 [B|1, H|1, rows]: rows of tiles by how many they visit, most first; stable."""
+        work = lists.full_count + lists.partial_count
+        return work.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
     # -- ranges
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 
 from attncc.ir import ops
-from attncc.ir.expr import Apply, Axis, Const, Expr, Load, Scalar, ScalarParam, Score, axes, kind, walk
+from attncc.ir.expr import (
+    Apply,
+    Axis,
+    Const,
+    Expr,
+    Load,
+    Scalar,
+    ScalarParam,
+    Score,
+    axes,
+    kind,
+    walk,
+)
 from attncc.ir.ops import Kind
 
 SCALE = ScalarParam("scale", Kind.FLOAT)

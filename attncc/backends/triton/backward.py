@@ -7,20 +7,27 @@ tensors are bitwise repeatable; only Reduction.PAIR gradients use atomics.
 from __future__ import annotations
 
 from attncc.backends.triton.forward import (
+    LAST,
     POSITIONS,
-    SHAPES,
     Mods,
     at_head,
-    decorator,
-    kernel_args,
     score_lines,
     sides,
     strides,
     tile_load,
+    walk_tiles,
 )
 from attncc.backends.triton.lower import Gradient, Reduction
-from attncc.backends.triton.sections import File, Function, Spec, loop, positions, which_tile
-from attncc.backends.triton.text import call, indented
+from attncc.backends.triton.sections import (
+    File,
+    Function,
+    Spec,
+    define,
+    loop,
+    positions,
+    which_tile,
+)
+from attncc.backends.triton.text import indented
 from attncc.ir.expr import Axis
 from attncc.ir.program import Normalize
 
@@ -31,10 +38,14 @@ def backward_source(spec: Spec) -> str:
     """One readable, stand-alone file with the kernels `delta`, `backward_kv` and `backward_q`."""
     file = File(spec)
     mods = BackwardMods(file)
-    kernels = [_delta(spec)] if spec.lowering.softmax else []
-    kernels += [_fold(file, mods, "kv"), _kernel_kv(file, mods)]
-    kernels += [_fold(file, mods, "q"), _kernel_q(file, mods)]
-    return file.text("backward", kernels)
+    functions = [_delta()] if spec.lowering.softmax else []
+    fold = _fold(file, mods, "kv")
+    functions += [fold, _kernel_kv(file, mods, fold)]
+    fold = _fold(file, mods, "q")
+    functions += [fold, _kernel_q(file, mods, fold)]
+    if mods.pairs():
+        file.functions.append(Function("add_pairs", (), (), ADD_PAIRS.lstrip()))
+    return file.text("backward", [function.text for function in functions])
 
 
 class BackwardMods(Mods):
@@ -58,9 +69,7 @@ class BackwardMods(Mods):
                 names |= dict.fromkeys(function.extra)
         self.extra = tuple(names)
 
-    def _gradient(
-        self, file: File, at: int, gradient: Gradient, leading: tuple[str, ...]
-    ) -> None:
+    def _gradient(self, file: File, at: int, gradient: Gradient, leading: tuple[str, ...]) -> None:
         tensor = gradient.load.tensor.name
         doc = f"d(score) / d({tensor}), of the raw q . k."
         factor = file.function(f"grad_{at}_mod", doc, [gradient.factor], leading)
@@ -80,20 +89,9 @@ class BackwardMods(Mods):
         return [(g, n, f, i) for g, n, f, i in self.gradients if i is not None]
 
 
-def _delta(spec: Spec) -> str:
-    lists = [
-        "out_ptr",
-        *strides("out"),
-        "dout_ptr",
-        *strides("dout"),
-        "dlse_ptr",
-        "delta_ptr",
-        "heads",
-        "q_len",
-    ]
-    shapes = ["HAS_DLSE: tl.constexpr", "VALUE_DIM: tl.constexpr"]
-    shapes += ["BLOCK_M: tl.constexpr", "BLOCK_DV: tl.constexpr"]
-    head = call("def delta", [*lists, *shapes], ":")
+def _delta() -> Function:
+    args = ["out_ptr", *strides("out"), "dout_ptr", *strides("dout"), "dlse_ptr", "delta_ptr"]
+    args += ["heads", "q_len"]
     body = '''"""delta = sum(out * dout) - dlse, one number a query."""
 rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
 b = tl.program_id(1) // heads
@@ -110,7 +108,7 @@ at = tl.program_id(1).to(tl.int64) * q_len + rows
 if HAS_DLSE:
     total -= tl.load(dlse_ptr + at, mask=rows < q_len, other=0.0)
 tl.store(delta_ptr + at, total, mask=rows < q_len)'''
-    return f"{decorator(lists)}\n{head}\n{indented(body)}\n"
+    return define("delta", args, body, kernel=True)
 
 
 def _state(mods: BackwardMods, side: str) -> list[str]:
@@ -118,43 +116,28 @@ def _state(mods: BackwardMods, side: str) -> list[str]:
     return (["dk", "dv"] if side == "kv" else ["dq"]) + sums
 
 
-def _fold_args(file: File, mods: BackwardMods, side: str) -> list[str]:
-    """Arguments of the function that folds one tile; the same names in its caller."""
+def _fold(file: File, mods: BackwardMods, side: str) -> Function:
     spec = file.spec
+    state = ", ".join(_state(mods, side))
     mine, other = (("k", "v"), ("q", "dout")) if side == "kv" else (("q", "dout"), ("k", "v"))
     rows = ["lse_ptr", "delta_ptr"] if side == "kv" else ["lse", "delta"]
-    tile = ["q_tile", "kv_idx"] if side == "kv" else ["kv_tile", "q_idx", "q_lo"]
-    fixed = ["b", "h", "kv_head", *tile, "q_len", "kv_len", "scale"]
-    extra = [e for e in mods.extra if e not in ("q_len", "kv_len", "kv_head")]
-    pairs = _pair_args(mods) if side == "q" else []
-    return [
-        *_state(mods, side),
-        *mine,
-        *sides(spec, *other),
-        *(rows if spec.lowering.softmax else []),
-        *fixed,
-        *extra,
-        *pairs,
-    ]
-
-
-def _pair_args(mods: BackwardMods) -> list[str]:
-    args = []
-    for gradient, name, _, _ in mods.pairs():
-        args += [f"{name}_ptr", *(f"{name}_stride_{i}" for i in range(len(gradient.load.at)))]
-    return args
-
-
-def _fold(file: File, mods: BackwardMods, side: str) -> str:
-    shapes = ["MASKED: tl.constexpr", *(f"{s}: tl.constexpr" for s in SHAPES)]
-    state = ", ".join(_state(mods, side))
-    head = call(f"def fold_{side}", [*_fold_args(file, mods, side), *shapes], ":")
+    where = ["q_tile", "kv_idx"] if side == "kv" else ["kv_tile", "q_idx", "q_lo"]
+    args = [*_state(mods, side), *mine, *sides(spec, *other), *rows, "b", "h", "kv_head", *where]
+    args += ["q_len", "kv_len", "scale", *mods.extra, *_pair_args(mods)]
     if side == "kv":
         body = f'"""Add one tile of queries to {state}; tiles are [keys, queries]."""\n'
         body += _kv_tile(file, mods)
     else:
         body = f'"""Add one tile of keys to {state}."""\n' + _q_tile(file, mods)
-    return f"@triton.jit\n{head}\n{indented(body + f'return {state}')}\n"
+    return define(f"fold_{side}", args, f"{body}return {state}")
+
+
+def _pair_args(mods: BackwardMods) -> list[str]:
+    args = []
+    for gradient, name, _, _ in mods.pairs():
+        args += [f"{name}_ptr", f"{name}_top_ptr"]
+        args += [f"{name}_stride_{i}" for i in range(len(gradient.load.at))]
+    return args
 
 
 def _kv_tile(file: File, mods: BackwardMods) -> str:
@@ -183,9 +166,7 @@ def _q_tile(file: File, mods: BackwardMods) -> str:
     spec = file.spec
     body = "kv_lo = kv_tile * BLOCK_N\nkv_idx = kv_lo + tl.arange(0, BLOCK_N)\n"
     for name, columns in (("k", "BLOCK_D"), ("v", "BLOCK_DV")):
-        body += tile_load(
-            spec, name, "kv_lo", "BLOCK_N", columns, head="kv_head", length="kv_len"
-        )
+        body += tile_load(spec, name, "kv_lo", "BLOCK_N", columns, head="kv_head", length="kv_len")
     body += 'qk = tl.dot(q, k.T, input_precision="ieee")\n'
     body += score_lines(file, mods, "qk")
     body += _probability(spec, "[:, None]") if spec.lowering.softmax else _weight(spec)
@@ -243,14 +224,33 @@ def _pairs(mods: BackwardMods, q: str, kv: str) -> str:
     for gradient, name, factor, index in mods.pairs():
         value = factor.call("qk", "scale", "b", "h", q, kv)
         at = [f"{name}_at_{i}" for i in range(len(gradient.load.at))]
-        where = f"{name}_ptr"
-        for i, axis in enumerate(at):
-            where += f" + {axis} * {name}_stride_{i}"
-        lines += f"{', '.join(at)} = {index.call('b', 'h', q, kv)}\n"
-        lines += f"{name}_keep = ds != 0.0\n"
-        lines += f"if MASKED:\n    {name}_keep = {name}_keep & keep\n"
-        lines += f"tl.atomic_add({where}, ds * {value}, mask={name}_keep)\n"
+        steps = "".join(f" + {axis} * {name}_stride_{i}" for i, axis in enumerate(at))
+        lines += f"""\
+{name}_ds = ds * {value}
+{name}_keep = {name}_ds != 0.0
+if MASKED:
+    {name}_keep = {name}_keep & keep
+{", ".join(at)} = {index.call("b", "h", q, kv)}
+add_pairs(
+    {name}_ptr{steps}, {name}_ds, {name}_keep, {name}_top_ptr, FIXED_POINT
+)
+"""
     return lines
+
+
+ADD_PAIRS = '''
+@triton.jit
+def add_pairs(pointers, values, keep, top_ptr, FIXED_POINT: tl.constexpr):
+    """Add one value a pair, in the order that programs come; or, bitwise repeatable, in two runs:
+    1 finds the largest magnitude, 2 adds integers in units of 2**-40 of it."""
+    if FIXED_POINT == 0:
+        tl.atomic_add(pointers, values, mask=keep, sem="relaxed")
+    elif FIXED_POINT == 1:
+        tl.atomic_max(top_ptr, tl.max(tl.where(keep, tl.abs(values), 0.0)))
+    else:
+        units = values * (1099511627776.0 / tl.load(top_ptr))
+        tl.atomic_add(pointers, units.to(tl.int64), mask=keep, sem="relaxed")
+'''
 
 
 def _sloped(mods: BackwardMods, q: str, kv: str) -> str:
@@ -260,15 +260,12 @@ def _sloped(mods: BackwardMods, q: str, kv: str) -> str:
     return f"ds = ds * {value}\nif MASKED:\n    ds = tl.where(keep, ds, 0.0)\n"
 
 
-def _kernel_kv(file: File, mods: BackwardMods) -> str:
+def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:
     spec, plan = file.spec, file.spec.lowering.plan
     sums = [name for name, _ in mods.sums("kv")]
     args = [*sides(spec, "q", "k", "v", "dout"), "dk_ptr", *strides("dk"), "dv_ptr"]
-    args += strides("dv")
-    args += ["lse_ptr", "delta_ptr"] if spec.lowering.softmax else []
-    args += [f"{name}_ptr" for name in sums]
-    args += [*kernel_args(file, mods.extra, plan.key_order), "kv_tiles", "swizzle"]
-    shapes = [f"{s}: tl.constexpr" for s in SHAPES]
+    args += [*strides("dv"), "lse_ptr", "delta_ptr", *(f"{name}_ptr" for name in sums)]
+    args += [*mods.extra, *LAST]
     body = which_tile(plan.key_order, "kv").replace("batch * heads", "batch * (heads // GROUP)")
     body = body.replace("b = bh // heads", "b = bh // (heads // GROUP)")
     body = body.replace("h = bh % heads", "kv_head = bh % (heads // GROUP)\nh = kv_head * GROUP")
@@ -282,16 +279,15 @@ def _kernel_kv(file: File, mods: BackwardMods) -> str:
     body += "dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n"
     body += "dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)\n"
     body += "\n# -- every query head that reads this key head\nfor g in tl.range(0, GROUP):\n"
-    body += indented(_group(file, mods, sums))
+    body += indented(_group(file, mods, fold, sums))
     body += f"""
 # -- store
 {_store("dk", "scale", "columns", "kv_len", "BLOCK_N", "BLOCK_D", "HEAD_DIM", "kv_head")}
 {_store("dv", "", "columns", "kv_len", "BLOCK_N", "BLOCK_DV", "VALUE_DIM", "kv_head")}"""
-    head = call("def backward_kv", [*args, *shapes], ":")
-    return f"{decorator(args)}\n{head}\n{indented(body)}\n"
+    return define("backward_kv", args, body, kernel=True)
 
 
-def _group(file: File, mods: BackwardMods, sums: list[str]) -> str:
+def _group(file: File, mods: BackwardMods, fold: Function, sums: list[str]) -> str:
     spec = file.spec
     tiles = loop(file, "kv", "q", "BLOCK_M")
     body = "h = kv_head * GROUP + g\n"
@@ -309,41 +305,21 @@ def _group(file: File, mods: BackwardMods, sums: list[str]) -> str:
     body += tiles.setup
     renamed = {f"{a}_ptr": names[a] for a in moved}
     renamed |= {f"{r}_ptr": f"{r}_row_ptr" for r in rows}
+    state = ", ".join(_state(mods, "kv"))
     if tiles.full is not None:
-        body += _loop(file, mods, "kv", *tiles.full, masked=False, renamed=renamed)
-    body += _loop(file, mods, "kv", *tiles.partial, masked=True, renamed=renamed)
+        body += walk_tiles(fold, state, "q_tile", *tiles.full, False, renamed)
+    body += walk_tiles(fold, state, "q_tile", *tiles.partial, True, renamed)
     for name in sums:
-        body += f"at = (b * heads + h).to(tl.int64) * kv_len + columns\n"
+        body += "at = (b * heads + h).to(tl.int64) * kv_len + columns\n"
         body += f"tl.store({name}_ptr + at, {name}, mask=columns < kv_len)\n"
     return body
 
 
-def _loop(
-    file: File,
-    mods: BackwardMods,
-    side: str,
-    count: str,
-    tile: str,
-    *,
-    masked: bool,
-    renamed: dict[str, str],
-) -> str:
-    args = [renamed.get(a, a) for a in _fold_args(file, mods, side)]
-    fold = call(
-        f"{', '.join(_state(mods, side))} = fold_{side}", [*args, str(masked), *SHAPES], indent=4
-    )
-    name = "q_tile" if side == "kv" else "kv_tile"
-    return f"for i in tl.range(0, {count}):\n    {name} = {tile}\n{fold}\n"
-
-
-def _kernel_q(file: File, mods: BackwardMods) -> str:
+def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
     spec, plan = file.spec, file.spec.lowering.plan
     sums = [name for name, _ in mods.sums("q")]
-    args = [*sides(spec, "q", "k", "v", "dout"), "dq_ptr", *strides("dq")]
-    args += ["lse_ptr", "delta_ptr"] if spec.lowering.softmax else []
-    args += [f"{name}_ptr" for name in sums] + _pair_args(mods)
-    args += [*kernel_args(file, mods.extra, plan.query_order), "q_tiles", "swizzle"]
-    shapes = [f"{s}: tl.constexpr" for s in SHAPES]
+    args = [*sides(spec, "q", "k", "v", "dout"), "dq_ptr", *strides("dq"), "lse_ptr", "delta_ptr"]
+    args += [*(f"{name}_ptr" for name in sums), *_pair_args(mods), *mods.extra, *LAST]
     tiles = loop(file, "q", "kv", "BLOCK_N")
     body = which_tile(plan.query_order, "q")
     body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
@@ -361,16 +337,15 @@ def _kernel_q(file: File, mods: BackwardMods) -> str:
     body += "dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n"
     body += "".join(f"{name} = tl.zeros([BLOCK_M], tl.float32)\n" for name in sums)
     body += "\n" + tiles.setup + "\n"
+    state = ", ".join(_state(mods, "q"))
     if tiles.full is not None:
-        body += _loop(file, mods, "q", *tiles.full, masked=False, renamed={})
-    body += _loop(file, mods, "q", *tiles.partial, masked=True, renamed={})
-    body += "\n# -- store\n"
+        body += walk_tiles(fold, state, "kv_tile", *tiles.full, False)
+    body += walk_tiles(fold, state, "kv_tile", *tiles.partial, True) + "# -- store\n"
     for name in sums:
-        body += f"at = bh.to(tl.int64) * q_len + rows\n"
+        body += "at = bh.to(tl.int64) * q_len + rows\n"
         body += f"tl.store({name}_ptr + at, {name}, mask=rows < q_len)\n"
     body += _store("dq", "scale", "rows", "q_len", "BLOCK_M", "BLOCK_D", "HEAD_DIM", "h")
-    head = call("def backward_q", [*args, *shapes], ":")
-    return f"{decorator(args)}\n{head}\n{indented(body)}\n"
+    return define("backward_q", args, body, kernel=True)
 
 
 def _store(

@@ -12,6 +12,7 @@ from attncc.backends.triton import aot
 from attncc.backends.triton.backward import backward_source
 from attncc.backends.triton.configs import KERNELS, Config, Shape, default, padded
 from attncc.backends.triton.forward import forward_source
+from attncc.backends.triton.launch import traits
 from attncc.backends.triton.lower import lower
 from attncc.backends.triton.sections import Spec
 from attncc.backends.triton.text import Names
@@ -53,7 +54,8 @@ def spec(plan: Plan, dtype: str, target: aot.Target) -> Spec:
         hint = suggest(dtype, DTYPES) or f"dtypes are {', '.join(DTYPES)}"
         raise ArgumentError(f"there is no dtype {dtype!r}", hint=hint)
     descriptors = target.name in ("sm_90", "sm_100")
-    return Spec(lower(plan), half=dtype != "fp32", descriptors=descriptors)
+    ptx = target.gpu.backend == "cuda"
+    return Spec(lower(plan), half=dtype != "fp32", ptx=ptx, descriptors=descriptors)
 
 
 def sources(found: Spec) -> dict[str, str]:
@@ -79,7 +81,7 @@ def _compile(found: Spec, module: ModuleType, name: str, call: Call, target: aot
     shape = Shape(
         padded(call.head_dim), padded(call.value_dim), DTYPES[call.dtype], target.shared_limit
     )
-    config = DELTA if name == "delta" else default(name, shape)
+    config = DELTA if name == "delta" else default(name, shape, traits(found.lowering.plan))
     signature = _signature(found, call, config)
     constants = {**_constants(call, config), **_unit_strides(found)}
     names = kernel.arg_names

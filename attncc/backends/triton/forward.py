@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from attncc.backends.triton.sections import File, Function, Spec, loop, positions, which_tile
+from attncc.backends.triton.sections import (
+    File,
+    Function,
+    Spec,
+    define,
+    loop,
+    positions,
+    which_tile,
+)
 from attncc.backends.triton.text import call, indented
 from attncc.ir.expr import Axis
-from attncc.ir.plan import Blocks, Order
 from attncc.ir.program import Normalize
 
 POSITIONS = ("b", "h", "q_idx", "kv_idx")
-LISTS = (
-    "index_ptr",
-    "full_count_ptr",
-    "partial_count_ptr",
-    "count_stride_b",
-    "count_stride_h",
-    "list_capacity",
+LAST = (
+    *("batch", "heads", "q_len", "kv_len", "scale"),
+    *("index_ptr", "full_count_ptr", "partial_count_ptr"),
+    *("count_stride_b", "count_stride_h", "list_capacity"),
+    *("order_ptr", "order_stride_b", "order_stride_h"),
+    *("q_tiles", "kv_tiles", "swizzle"),
 )
-ORDER = ("order_ptr", "order_stride_b", "order_stride_h")
-SHAPES = ("GROUP", "HEAD_DIM", "VALUE_DIM", "BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV")
+"""What every kernel may name after its own arguments: sizes, lists, order, grid."""
 
 
 def forward_source(spec: Spec) -> str:
     """One readable, stand-alone file with the kernel `forward`."""
     file = File(spec)
     mods = Mods(file)
-    kernels = [_attend(file, mods), _kernel(file, mods)]
-    return file.text("forward", kernels)
+    attend = _attend(file, mods)
+    kernel = _kernel(file, mods, attend)
+    return file.text("forward", [attend.text, kernel.text])
 
 
 class Mods:
@@ -112,35 +118,36 @@ def at_head(spec: Spec, name: str, head: str) -> str:
     """A line that moves a pointer to its batch and head; nothing for a descriptor."""
     if spec.descriptors:
         return ""
-    return f"{name}_ptr += b.to(tl.int64) * {name}_stride_b + {head}.to(tl.int64) * {name}_stride_h\n"
+    return (
+        f"{name}_ptr += b.to(tl.int64) * {name}_stride_b + {head}.to(tl.int64) * {name}_stride_h\n"
+    )
 
 
-def _attend(file: File, mods: Mods) -> str:
+STATE = ("acc", "l_i", "m_i")
+TILE = ("b", "h", "kv_head", "q_idx", "q_lo", "kv_tile", "q_len", "kv_len", "scale")
+
+
+def _attend(file: File, mods: Mods) -> Function:
     spec = file.spec
     softmax = spec.lowering.softmax
-    state = ["acc", "l_i", "m_i"] if softmax else ["acc"]
-    kv = ["b", "h", "kv_head", "q_idx", "q_lo", "kv_tile", "kv_len", "scale"]
-    extra = [e for e in mods.extra if e not in ("kv_len", "kv_head")]
-    shapes = ["MASKED: tl.constexpr", *(f"{s}: tl.constexpr" for s in SHAPES)]
-    args = [*state, "q", *sides(spec, "k", "v"), *kv, *extra, *shapes]
     doc = (
         "Fold one tile of keys into the running softmax (acc, l_i, m_i), in log2 units."
         if softmax
         else "Add one tile of keys to acc."
     )
-    k_load = tile_load(
-        spec, "k", "kv_lo", "BLOCK_N", "BLOCK_D", head="kv_head", length="kv_len"
-    )
-    v_load = tile_load(
-        spec, "v", "kv_lo", "BLOCK_N", "BLOCK_DV", head="kv_head", length="kv_len"
-    )
+    k = tile_load(spec, "k", "kv_lo", "BLOCK_N", "BLOCK_D", head="kv_head", length="kv_len")
+    v = tile_load(spec, "v", "kv_lo", "BLOCK_N", "BLOCK_DV", head="kv_head", length="kv_len")
     body = f'"""{doc}"""\nkv_lo = kv_tile * BLOCK_N\nkv_idx = kv_lo + tl.arange(0, BLOCK_N)\n'
-    body += k_load + score_lines(file, mods, "tl.dot(q, k.T, input_precision=\"ieee\")")
+    body += k + score_lines(file, mods, 'tl.dot(q, k.T, input_precision="ieee")')
     body += _softmax_lines(file, mods) if softmax else _weight_lines(spec)
-    body += v_load + 'acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")\n'
-    body += f"return {', '.join(state)}"
-    head = call("def attend", args, ":")
-    return f"@triton.jit\n{head}\n{indented(body)}\n"
+    body += v + 'acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")\n'
+    body += f"return {', '.join(_state(spec))}"
+    args = [*_state(spec), "q", *sides(spec, "k", "v"), *TILE, *mods.extra]
+    return define("attend", args, body)
+
+
+def _state(spec: Spec) -> tuple[str, ...]:
+    return STATE if spec.lowering.softmax else STATE[:1]
 
 
 def score_lines(file: File, mods: Mods, dot: str, *, transposed: bool = False) -> str:
@@ -170,7 +177,7 @@ def _softmax_lines(file: File, mods: Mods) -> str:
     # A kept pair may score -inf, but q . k alone cannot: only masks and mods need the guard.
     top = "tl.max(score, 1) * (scale * 1.4426950408889634)" if plain else "tl.max(score, 1)"
     scaled = "score * (scale * 1.4426950408889634)" if plain else "score"
-    always = "" if plain else "safe = tl.where(m_new == float(\"-inf\"), 0.0, m_new)\n"
+    always = "" if plain else 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)\n'
     lines = f"""\
 if MASKED:
     score = tl.where(keep, score, float("-inf"))
@@ -200,28 +207,11 @@ def _weight_lines(spec: Spec) -> str:
     return f"p = {weight}\nif MASKED:\n    p = tl.where(keep, p, 0.0)\n"
 
 
-def kernel_args(file: File, mods_extra: tuple[str, ...], order: Order) -> list[str]:
-    """Arguments every kernel ends with: captured values, sizes, lists and order."""
-    plan = file.spec.lowering.plan
-    sizes = ["batch", "heads", "q_len", "kv_len"]
-    extra = [e for e in mods_extra if e not in (*sizes, "kv_head")]
-    args = [*extra, *sizes, "scale"]
-    if plan.blocks is Blocks.LISTS:
-        args += LISTS
-    if order is Order.BY_WORK:
-        args += ORDER
-    return args
-
-
-def _kernel(file: File, mods: Mods) -> str:
+def _kernel(file: File, mods: Mods, attend: Function) -> Function:
     spec = file.spec
     lowering, plan = spec.lowering, spec.lowering.plan
-    softmax = lowering.softmax
-    extra = tuple(dict.fromkeys((*mods.extra, *_sink_extra(file))))
-    args = [*sides(spec, "q", "k", "v"), "out_ptr", *strides("out")]
-    args += ["lse_ptr"] if softmax else []
-    args += [*kernel_args(file, extra, plan.query_order), "q_tiles", "swizzle"]
-    shapes = [f"{s}: tl.constexpr" for s in SHAPES]
+    args = [*sides(spec, "q", "k", "v"), "out_ptr", *strides("out"), "lse_ptr"]
+    args += [*mods.extra, *_sink_extra(file), *LAST]
     tiles = loop(file, "q", "kv", "BLOCK_N")
     body = which_tile(plan.query_order, "q")
     body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
@@ -231,42 +221,29 @@ def _kernel(file: File, mods: Mods) -> str:
     body += "rows = q_lo + tl.arange(0, BLOCK_M)\nq_idx = rows\n"
     body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
     body += "acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)\n"
-    if softmax:
+    if lowering.softmax:
         body += "l_i = tl.zeros([BLOCK_M], tl.float32)\n"
         body += 'm_i = tl.full([BLOCK_M], float("-inf"), tl.float32)\n'
-    body += "\n" + tiles.setup + "\n"
+    body += f"\n{tiles.setup}\n"
+    state = ", ".join(_state(spec))
     if tiles.full is not None:
-        body += _loop(file, mods, "unmasked", *tiles.full, masked=False)
-    body += _loop(file, mods, "partial", *tiles.partial, masked=True)
-    body += _store(file, mods)
-    head = call("def forward", [*args, *shapes], ":")
-    return f"{decorator(args)}\n{head}\n{indented(body)}\n"
+        body += "# -- unmasked tiles\n" + walk_tiles(attend, state, "kv_tile", *tiles.full, False)
+    body += "# -- partial tiles\n" + walk_tiles(attend, state, "kv_tile", *tiles.partial, True)
+    return define("forward", args, body + _store(file, mods), kernel=True)
 
 
-NOT_SPECIALIZED = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "q_tiles")
-
-
-def decorator(args: list[str]) -> str:
-    """Which arguments must not recompile the kernel: everything but pointers and strides."""
-    free = [a for a in args if not a.endswith(("_ptr", "_desc")) and "_stride_" not in a]
-    quoted = [f'"{a}"' for a in free]
-    text = call("@triton.jit", ["do_not_specialize=[" + ", ".join(quoted) + "]"])
-    if max(map(len, text.split("\n"))) <= 100:
-        return text
-    inner = "".join(f"        {q},\n" for q in quoted)
-    return f"@triton.jit(\n    do_not_specialize=[\n{inner}    ]\n)"
-
-
-def _loop(
-    file: File, mods: Mods, title: str, count: str, tile: str, *, masked: bool
+def walk_tiles(
+    fold: Function,
+    state: str,
+    name: str,
+    count: str,
+    tile: str,
+    masked: bool,
+    renamed: dict[str, str] | None = None,
 ) -> str:
-    spec = file.spec
-    state = ["acc", "l_i", "m_i"] if spec.lowering.softmax else ["acc"]
-    kv = ["b", "h", "kv_head", "q_idx", "q_lo", "kv_tile", "kv_len", "scale"]
-    extra = [e for e in mods.extra if e not in ("kv_len", "kv_head")]
-    args = [*state, "q", *sides(spec, "k", "v"), *kv, *extra, str(masked), *SHAPES]
-    fold = call(f"{', '.join(state)} = attend", args, indent=4)
-    return f"# -- {title} tiles\nfor i in tl.range(0, {count}):\n    kv_tile = {tile}\n{fold}\n\n"
+    """A loop that folds `count` tiles, each numbered by `tile` in terms of i."""
+    step = fold.assigned(state, {**(renamed or {}), "MASKED": str(masked)}, 4)
+    return f"for i in tl.range(0, {count}):\n    {name} = {tile}\n{step}\n\n"
 
 
 def _sink_extra(file: File) -> tuple[str, ...]:
@@ -294,7 +271,9 @@ def _store(file: File, mods: Mods) -> str:
         text += "tl.store(lse_ptr + rows, lse, mask=rows < q_len)\n"
     else:
         text = "# -- store\n"
-    return text + """\
+    return (
+        text
+        + """\
 out_ptr += b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h
 out_ptr += tl.cast(q_lo, tl.int64) * out_stride_n
 n = tl.arange(0, BLOCK_M)
@@ -304,6 +283,7 @@ tl.store(
     acc.to(out_ptr.dtype.element_ty),
     mask=(rows < q_len)[:, None] & (d < VALUE_DIM)[None, :],
 )"""
+    )
 
 
 def _sink_lines(mods: Mods) -> str:

@@ -1,4 +1,4 @@
-"""Runs generated kernels: their arguments by name, their grids, and gradients of captured tensors."""
+"""Runs generated kernels: arguments by name, grids, and gradients of captured tensors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ import torch
 from torch import Tensor
 
 from attncc.backends.triton import kernels
-from attncc.backends.triton.configs import Config, Shape, default, padded
+from attncc.backends.triton.configs import Config, Shape, Traits, default, padded
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lower import Gradient, Reduction, lower
 from attncc.backends.triton.sections import Spec
 from attncc.ir.evaluate import Env, evaluate_unchecked
-from attncc.ir.expr import Axis
+from attncc.ir.expr import TRUE, Axis, Score
 from attncc.ir.plan import Blocks, Order, Plan
 from attncc.tiles import BoundPlan
 
 Values = dict[str, Any]
+
+TINY = 1e-30
+UNITS = 2.0**40
+"""Fixed point of deterministic pair gradients: how many units the largest magnitude is."""
 
 L2_SHARE = 0.5
 """How much of the L2 the heads in flight may fill with keys and values."""
 
 
 @lru_cache(maxsize=256)
-def lowered(plan: Plan, half: bool, descriptors: bool, wide: bool) -> Spec:
+def lowered(plan: Plan, half: bool, ptx: bool, descriptors: bool, wide: bool) -> Spec:
     """The spec of a plan's kernels; one object for equal arguments."""
-    return Spec(lower(plan), half, descriptors, wide)
+    return Spec(lower(plan), half, ptx, descriptors, wide)
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,20 @@ class Run:
             chosen = inputs[0].is_cuda and _has_descriptors(inputs[0].device)
         able = chosen and all(map(describable, inputs))
         half = inputs[0].dtype in (torch.float16, torch.bfloat16)
-        return lowered(self.bound.plan, half, able, self.wide)
+        ptx = inputs[0].is_cuda and torch.version.hip is None
+        return lowered(self.bound.plan, half, ptx, able, self.wide)
 
     def config(self, kernel: str, q: Tensor, v: Tensor) -> Config:
         if self.configs and kernel in self.configs:
             return self.configs[kernel]
-        return default(kernel, shape_of(q, v))
+        return default(kernel, shape_of(q, v), traits(self.bound.plan))
+
+
+def traits(plan: Plan) -> Traits:
+    """What of a plan moves its best schedule."""
+    masked = plan.mask != TRUE
+    short = masked and (plan.blocks is Blocks.LISTS or plan.query_order is Order.NATURAL)
+    return Traits(plain=not masked and plan.score == Score(), short=short)
 
 
 def shape_of(q: Tensor, v: Tensor) -> Shape:
@@ -159,7 +171,9 @@ def tiled(run: Run, values: Values, side: str, config: Config, width: int) -> in
     side: "q" for kernels that own query tiles, "kv" for key tiles. width: heads of the grid.
     """
     binding, plan = run.bound.binding, run.bound.plan
-    rows, block = (binding.q_len, config.block_m) if side == "q" else (binding.kv_len, config.block_n)
+    rows, block = (
+        (binding.q_len, config.block_m) if side == "q" else (binding.kv_len, config.block_n)
+    )
     tiles = math.ceil(rows / block)
     order = plan.query_order if side == "q" else plan.key_order
     values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, f"{side}_tiles": tiles}
@@ -175,7 +189,7 @@ def tiled(run: Run, values: Values, side: str, config: Config, width: int) -> in
         }
         _head_strides(values, "count", lists.full_count)
         if order is Order.BY_WORK:
-            values["order_ptr"] = bound.work_order("queries" if side == "q" else "keys")
+            values["order_ptr"] = bound.work_order(lists)
             _head_strides(values, "order", values["order_ptr"])
     return tiles * binding.batch * width
 
@@ -280,8 +294,10 @@ def backward(
         mine = dict(values)
         grid = tiled(run, mine, side, config, heads)
         inputs(mine, spec, config, q=q, k=k, v=v, dout=dout)
+        if side == "q" and run.deterministic and any(_is_pair(g) for g in spec.lowering.gradients):
+            launch(loaded[kernel], (grid,), {**mine, "FIXED_POINT": 1}, config)
         launch(loaded[kernel], (grid,), mine, config)
-    captured = _captured(run, spec, buffers)
+    captured = _captured(run, spec, values, buffers)
     if spec.lowering.sink is not None:
         _add_sink(run, captured, lse, values["delta_ptr"])
     return Gradients(dq, dk, dv, captured)
@@ -300,6 +316,7 @@ def _launch_delta(kernel: Kernel, values: Values, dout: Tensor, dlse: Tensor | N
 def _buffers(run: Run, spec: Spec, values: Values, lse: Tensor) -> list[Tensor]:
     """One float32 tensor a captured gradient, for the kernels to fill, added to their arguments."""
     binding = run.bound.binding
+    values["FIXED_POINT"] = 2 if run.deterministic else 0
     buffers = []
     for at, gradient in enumerate(spec.lowering.gradients):
         data = binding.tensors[gradient.load.tensor.name]
@@ -310,23 +327,31 @@ def _buffers(run: Run, spec: Spec, values: Values, lse: Tensor) -> list[Tensor]:
                 buffer = lse.new_zeros(binding.batch, binding.heads, binding.kv_len)
             case _:
                 shape = [max(n, 1) for n in data.shape]
-                buffer = torch.zeros(shape, dtype=torch.float32, device=lse.device)
+                dtype = torch.int64 if run.deterministic else torch.float32
+                buffer = torch.zeros(shape, dtype=dtype, device=lse.device)
                 for axis in range(buffer.dim()):
                     values[f"grad_{at}_stride_{axis}"] = buffer.stride(axis)
+                values[f"grad_{at}_top_ptr"] = lse.new_full((1,), TINY)
         values[f"grad_{at}_ptr"] = buffer
         buffers.append(buffer)
     return buffers
 
 
-def _captured(run: Run, spec: Spec, buffers: list[Tensor]) -> dict[str, Tensor]:
+def _is_pair(gradient: Gradient) -> bool:
+    return gradient.reduction is Reduction.PAIR
+
+
+def _captured(run: Run, spec: Spec, values: Values, buffers: list[Tensor]) -> dict[str, Tensor]:
     """Each captured tensor's gradient, summed over the places that read it."""
     total: dict[str, Tensor] = {}
-    for gradient, buffer in zip(spec.lowering.gradients, buffers, strict=True):
-        name = gradient.load.tensor.name
+    for at, gradient in enumerate(spec.lowering.gradients):
+        name, buffer = gradient.load.tensor.name, buffers[at]
         data = run.bound.binding.tensors[name]
-        if gradient.reduction is not Reduction.PAIR:
+        if not _is_pair(gradient):
             buffer = _scattered(run, gradient, buffer, data)
-        buffer = buffer.view(data.shape) if buffer.numel() == data.numel() else buffer
+        elif run.deterministic:
+            buffer = (buffer.double() * (values[f"grad_{at}_top_ptr"] / UNITS)).float()
+        buffer = buffer[tuple(slice(n) for n in data.shape)]  # an empty tensor had a place-holder
         total[name] = total[name] + buffer if name in total else buffer
     return total
 

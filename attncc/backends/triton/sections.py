@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from attncc.backends.triton.lower import Lowering, Uses, uses
+from attncc.backends.triton.lower import Lowering, uses
 from attncc.backends.triton.text import (
+    GATHER,
     HELPERS,
     TANH_EXACT,
     TANH_HALF,
+    WIDTH,
     Names,
     Printer,
     call,
@@ -26,13 +29,15 @@ Params = tuple[ScalarParam | TensorParam, ...]
 class Spec:
     """What makes one kernel file differ from another; equal specs give equal bytes.
 
-    half:        inputs are fp16 or bf16, so tanh may be the hardware's.
+    half:        inputs are fp16 or bf16.
+    ptx:         for NVIDIA GPUs, so a function may be one of their instructions.
     descriptors: tiles come through tensor descriptors (sm_90 and up), not pointers.
     wide:        integers of the mods need 64 bits.
     """
 
     lowering: Lowering
     half: bool
+    ptx: bool
     descriptors: bool
     wide: bool = False
 
@@ -58,6 +63,40 @@ class Function:
         """A call with its leading arguments; the others keep their names."""
         return f"{self.name}({', '.join((*args, *self.extra))})"
 
+    def assigned(self, targets: str, renamed: Mapping[str, str], indent: int) -> str:
+        """Lines that call it by its arguments' own names, but for those renamed."""
+        args = [renamed.get(a, a) for a in self.extra]
+        return call(f"{targets} = {self.name}", args, indent=indent)
+
+
+CONSTEXPRS = ("MASKED", "FIXED_POINT", "HAS_DLSE", "GROUP", "HEAD_DIM", "VALUE_DIM")
+CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV")
+
+
+def define(name: str, args: Sequence[str], body: str, *, kernel: bool = False) -> Function:
+    """A function with those of `args` that its body names, constexprs last."""
+    words = set(re.findall(r"\w+", body))
+    own = tuple(a for a in dict.fromkeys((*args, *CONSTEXPRS)) if a in words)
+    typed = [f"{a}: tl.constexpr" if a in CONSTEXPRS else a for a in own]
+    head = call(f"def {name}", typed, ":")
+    above = decorator(own) if kernel else "@triton.jit"
+    return Function(name, (), own, f"{above}\n{head}\n{indented(body)}\n")
+
+
+def decorator(args: Sequence[str]) -> str:
+    """Which arguments must not recompile the kernel: all but pointers, strides and constexprs."""
+    typed = ("_ptr", "_desc")
+    free = [a for a in args if not a.endswith(typed) and "_stride_" not in a]
+    quoted = [f'"{a}"' for a in free if a not in CONSTEXPRS]
+    line = f"@triton.jit(do_not_specialize=[{', '.join(quoted)}])"
+    if len(line) <= WIDTH:
+        return line
+    inner = f"    do_not_specialize=[{', '.join(quoted)}]"
+    if len(inner) <= WIDTH:
+        return f"@triton.jit(\n{inner}\n)"
+    lines = "".join(f"        {q},\n" for q in quoted)
+    return f"@triton.jit(\n    do_not_specialize=[\n{lines}    ]\n)"
+
 
 class File:
     """Collects the functions of one kernel file and what their callers must be given."""
@@ -66,7 +105,7 @@ class File:
         self.spec = spec
         program = spec.lowering.plan.program
         self.names = Names(p.name for p in program.params)
-        self.printer = Printer(self.names, spec.lowering.plan.proved_loads)
+        self.printer = Printer(self.names, spec.lowering.plan.proved_loads, spec.ptx)
         self.functions: list[Function] = []
 
     def extras(self, exprs: Sequence[Expr | None]) -> tuple[str, ...]:
@@ -103,11 +142,13 @@ class File:
     def text(self, title: str, kernels: Sequence[str]) -> str:
         """The whole file."""
         parts = [header(self.spec, title), "import triton\nimport triton.language as tl\n"]
-        tanh = TANH_HALF if self.spec.half else TANH_EXACT
+        tanh = TANH_HALF if self.spec.half and self.spec.ptx else TANH_EXACT
         used = "".join(f.text for f in self.functions) + "".join(kernels)
         if "tanh(" in used:
             parts.append(tanh.strip() + "\n")
         parts += [HELPERS[h].strip() + "\n" for h in sorted(self.printer.helpers)]
+        if "gather(" in used:
+            parts.append(GATHER.strip() + "\n")
         if "in_order(" in used:
             parts.append(IN_ORDER.strip() + "\n")
         parts += [f.text for f in self.functions]
@@ -152,9 +193,7 @@ def which_tile(order: Order, rows: str) -> str:
         case Order.REVERSED:
             tile = f"{rows}_tiles - 1 - {rank}"
         case Order.BY_WORK:
-            tile = (
-                f"tl.load(order_ptr + b * order_stride_b + h * order_stride_h + {rank}).to(tl.int32)"
-            )
+            tile = f"tl.load(order_ptr + b * order_stride_b + h * order_stride_h + {rank}).to(tl.int32)"
         case _:
             tile = rank
     return f"""\
@@ -245,14 +284,19 @@ def _tiles(
         before, (lo_text, hi_text) = file.printer.body((segment.lo, segment.hi))
         lines += before
         if outward:
-            first, end = f"({lo_text}) // {block}", f"tl.cdiv({hi_text}, {block})"
+            first, end = f"{_grouped(lo_text)} // {block}", f"tl.cdiv({hi_text}, {block})"
         else:
-            first, end = f"tl.cdiv({lo_text}, {block})", f"({hi_text}) // {block}"
+            first, end = f"tl.cdiv({lo_text}, {block})", f"{_grouped(hi_text)} // {block}"
         lines += [f"{lo} = {first}", f"{hi} = tl.maximum({end}, {lo})"]
         result.append((lo, hi))
     if len(segments) == 2:
         lines += _ordered(*result)
     return result
+
+
+def _grouped(text: str) -> str:
+    """Text that an operator may follow."""
+    return text if re.fullmatch(r"\w+|tl\.\w+\([^()]*\)", text) else f"({text})"
 
 
 def _ordered(first: tuple[str, str], second: tuple[str, str]) -> list[str]:

@@ -123,6 +123,22 @@ def bit_length(x):
 }
 """Functions a kernel file holds when an expression in it needs them."""
 
+GATHER = '''
+@triton.jit
+def gather(pointers):
+    """One element a pair, read in place; the pipeliner would stage it through shared memory."""
+    if pointers.dtype.element_ty == tl.float32:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];",
+            "=f,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.load(pointers)
+'''
 TANH_HALF = '''
 @triton.jit
 def tanh(x):
@@ -182,9 +198,10 @@ class Names:
 class Printer:
     """Prints the expressions of one kernel file and remembers which helpers they need."""
 
-    def __init__(self, names: Names, proved: frozenset[Expr]) -> None:
+    def __init__(self, names: Names, proved: frozenset[Expr], ptx: bool = False) -> None:
         self.names = names
         self.proved = proved
+        self.ptx = ptx
         self.helpers: set[str] = set()
 
     def body(self, outputs: Sequence[Expr]) -> tuple[list[str], list[str]]:
@@ -265,14 +282,15 @@ class _Body:
             if not pair and not isinstance(index, Const):
                 text = f"{_atom(text)}.to(tl.int64)"
             where += f" + {text} * {names.stride(tensor, axis)}"
+        read = "gather" if self.printer.ptx and _scattered(load) else "tl.load"
         match load.tensor.kind:
             case Kind.INT:
                 self.printer.helpers.add("as_int")
-                return f"as_int(tl.load({where}))"
+                return f"as_int({read}({where}))"
             case Kind.FLOAT:
-                return f"tl.load({where}).to(tl.float32)"
+                return f"{read}({where}).to(tl.float32)"
             case Kind.BOOL:
-                return f"(tl.load({where}) != 0)"
+                return f"({read}({where}) != 0)"
             case _:
                 assert_never(load.tensor.kind)
 
@@ -367,6 +385,12 @@ _SPECIAL: dict[Op, Callable[[_Body, Apply], tuple[str, int]]] = {
     ops.EQ: _Body._equal,
     ops.NE: _Body._equal,
 }
+
+
+def _scattered(load: Load) -> bool:
+    """Whether neighbouring pairs read through one index of both positions, such as q_idx - kv_idx."""
+    pair = Axis.Q | Axis.KV
+    return any(axes(index) & pair == pair for index in load.at)
 
 
 def _atom(text: str) -> str:

@@ -1,0 +1,55 @@
+"""The Triton backend as one differentiable operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attncc.backends.triton import launch
+from attncc.backends.triton.launch import Run
+
+
+def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Q, Dv] and lse [B, Hq, Q] float32, differentiable in q, k, v and captured tensors."""
+    names = tuple(t.name for t in run.bound.plan.program.tensors if t.grad)
+    captured = [run.bound.binding.tensors[name] for name in names]
+    result: tuple[Tensor, Tensor] = _Attention.apply(run, names, q, k, v, *captured)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    """Recomputes weights from lse in the backward; forward-mode and double backward raise."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        run: Run,
+        names: tuple[str, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *captured: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = launch.forward(run, q, k, v)
+        ctx.run, ctx.names = run, names
+        ctx.save_for_backward(q, k, v, out, lse, *captured)
+        ctx.set_materialize_grads(False)
+        if not run.spec(q, k, v).lowering.softmax:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse, *captured = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = launch.backward(ctx.run, q, k, v, out, lse, dout.to(out.dtype), dlse)
+        mine = [
+            grads.captured[name].to(data.dtype) if name in grads.captured else None
+            for name, data in zip(ctx.names, captured, strict=True)
+        ]
+        return None, None, grads.q, grads.k, grads.v, *mine
