@@ -30,13 +30,13 @@ CELL = 10
 
 
 def text(grid: Grid, width: int = 64, height: int = 32) -> str:
-    """The grid in block characters, one line a row of tiles.
+    """The grid in block characters, two a tile so that tiles look square, one line a row of tiles.
 
-    A larger grid is scaled down; a character then stands for several tiles: full if all of them
-    are, empty if all are, partial otherwise.
+    A larger grid is scaled down; a cell then stands for several tiles: full if all of them are,
+    empty if all are, partial otherwise.
     """
-    small = shrink(grid, height, width)
-    return "\n".join("".join(SIGNS[Tile(tile)] for tile in row) for row in small)
+    small = shrink(grid, height, width // 2)
+    return "\n".join("".join(2 * SIGNS[Tile(tile)] for tile in row) for row in small)
 
 
 def legend() -> str:

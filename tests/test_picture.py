@@ -7,14 +7,14 @@ from attncc import picture
 CAUSAL = [[1, 0, 0, 0], [2, 1, 0, 0], [2, 2, 1, 0], [2, 2, 2, 1]]
 
 
-def test_text_has_one_sign_a_tile():
-    assert picture.text(CAUSAL) == "▒···\n█▒··\n██▒·\n███▒"
+def test_text_has_one_cell_a_tile():
+    assert picture.text(CAUSAL) == "▒▒······\n██▒▒····\n████▒▒··\n██████▒▒"
 
 
 def test_a_large_grid_is_scaled_and_keeps_its_meaning():
     side = 100
     grid = [[2 if k < q else int(k == q) for k in range(side)] for q in range(side)]
-    assert picture.text(grid, width=4, height=4) == picture.text(CAUSAL)
+    assert picture.text(grid, width=8, height=4) == picture.text(CAUSAL)
 
 
 def test_an_empty_grid_is_an_empty_picture():

@@ -101,9 +101,13 @@ def request(
 
 def bound_plan(call: Request, tile: tuple[int, int]) -> BoundPlan:
     """The plan of a request, with its tiles."""
-    import attncc
+    from attncc.binding import bind_lengths
+    from attncc.passes import analyze
+    from attncc.tiles import BoundPlan
 
-    return attncc.compile(call.program).plan(**call.lengths.sizes(), tile=tile, **call.arguments)
+    sizes = call.lengths.sizes()
+    binding = bind_lengths(call.program, **sizes, arguments=call.arguments)
+    return BoundPlan(analyze(call.program), binding, tile)
 
 
 def tile(text: str) -> tuple[int, int]:

@@ -1,0 +1,206 @@
+"""The command line through click's runner; start-up and exit codes in their own processes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from attncc.cli import main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PACKED = str(EXAMPLES / "packed.attn")
+STREAMING = str(EXAMPLES / "streaming.attn")
+
+LIGHT = "import sys; from attncc.cli import main; main({args!r}, standalone_mode=False); "
+HEAVY = "assert not {'torch', 'triton', 'sympy', 'numpy', 'rich'} & set(sys.modules)"
+
+
+def invoke(*args: object):
+    return CliRunner().invoke(main, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def succeed(*args: object) -> str:
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(*args: object) -> str:
+    result = invoke(*args)
+    assert result.exit_code != 0, result.output
+    return result.stderr
+
+
+@pytest.fixture
+def program(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "program.attn"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# -- start-up
+
+
+@pytest.mark.parametrize("args", [["--help"], ["check", PACKED]])
+def test_light_commands_import_nothing_heavy(args):
+    script = LIGHT.format(args=args) + HEAVY
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["check", PACKED]])
+def test_light_commands_start_quickly(args):
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "attncc", *args], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    # 0.1 and 0.2 s on an idle machine; others may be at work on this one.
+    assert min(seconds() for _ in range(4)) < 0.45
+
+
+def test_a_mistake_ends_the_process_with_code_1(tmp_path):
+    args = [sys.executable, "-m", "attncc", "explain", str(tmp_path / "none.attn")]
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no file")
+    assert "Traceback" not in done.stderr
+
+
+# -- check
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.attn")), ids=lambda path: path.stem)
+def test_check_accepts_the_examples(path):
+    assert f"{path}: ok, 1 program" in succeed("check", path)
+
+
+def test_check_points_at_the_mistake(program):
+    text = fail("check", program("attention f():\n    mask = q_idx >= kv_idxx\n"))
+    assert "program.attn:2:21" in text
+    assert "    mask = q_idx >= kv_idxx\n" in text and "^^^^^^^" in text
+    assert "kv_idx'" in text, "the close name"
+
+
+def test_check_goes_on_after_a_mistake(program):
+    result = invoke("check", program("attention f(:\n"), PACKED)
+    assert result.exit_code == 1
+    assert "ok, 1 program (packed)" in result.stdout
+
+
+def test_check_json_is_one_object_a_file(program):
+    result = invoke("check", PACKED, program("attention f():\n    mask = 1\n"), "--json")
+    good, bad = map(json.loads, result.stdout.splitlines())
+    assert good["ok"] and good["programs"][0]["name"] == "packed"
+    assert "window: int = 1024" in good["programs"][0]["parameters"]
+    assert not bad["ok"] and bad["error"]["line"] == 2 and bad["error"]["message"]
+    assert result.exit_code == 1
+
+
+# -- explain
+
+
+def test_explain_says_tier_ranges_counts_and_draws():
+    text = succeed("explain", STREAMING, "--q-len", 512, "--tile", "128x128", "--set", "window=200")
+    assert "tier 1" in text
+    assert "max(0, q_lo - window + 1) <= kv_idx < min(q_last + 1, kv_len)" in text
+    # Windows of 200 reach into the two tiles before; the sinks are in the first.
+    assert "tiles: 0 full, 10 partial, 6 empty" in text
+    assert "▒▒▒▒▒▒··" in text
+    assert "as tight as evaluating every pair" in text
+
+
+def test_explain_packs_real_documents():
+    text = succeed("explain", PACKED, "--q-len", 1024)
+    assert "tier 2" in text
+    assert "lowest(doc[b, q_idx])" in text
+    assert "doc[b, kv_idx] (proved in range)" in text
+
+
+def test_explain_json_holds_the_same():
+    found = json.loads(succeed("explain", STREAMING, "--q-len", 512, "--heads", 3, "--json"))
+    assert found["plan"]["tier"] == 1
+    assert sum(found["counts"].values()) == 3 * 16
+    assert len(found["tiles"]) == 4
+    assert found["scalars"] == {"window": 1024, "sinks": 4}
+    low, high = found["density"]
+    assert low == high == pytest.approx(0.5, abs=0.01)
+
+
+def test_explain_draws_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    svg, png = tmp_path / "tiles.svg", tmp_path / "tiles.png"
+    succeed("explain", PACKED, "--q-len", 512, "--svg", svg, "--png", png)
+    assert svg.read_text().startswith("<svg")
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_reads_a_given_tensor(tmp_path):
+    doc = np.repeat(np.arange(4), 128)[None]
+    np.save(tmp_path / "doc.npy", doc)
+    given = f"doc={tmp_path / 'doc.npy'}"
+    found = json.loads(succeed("explain", PACKED, "--q-len", 512, "--tensor", given, "--json"))
+    assert found["tiles"] == [[int(q == k) for k in range(4)] for q in range(4)]
+    assert found["inputs"] == {"doc": "given"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "windw=3"], "has no scalar parameter 'windw'\n    did you mean 'window'?"),
+        (["--set", "window=3.5"], "window is '3.5', and is declared int"),
+        (["--set", "window"], "--set is 'window'\n    write --set name=value"),
+        (["--tile", "128"], "it takes queries x keys, such as 128x64"),
+        (["--tensor", "dok=x.npy"], "cannot read 'x.npy' for dok"),
+        (["--name", "pakced"], "did you mean 'packed'?"),
+        (["--heads", "4", "--kv-heads", "3"], "does not divide 4"),
+    ],
+)
+def test_explain_says_which_option_is_wrong(options, message):
+    assert message in fail("explain", PACKED, *options)
+
+
+def test_a_scalar_without_a_default_is_asked_for(program):
+    path = program("attention f(window: int):\n    mask = q_idx - kv_idx < window\n")
+    assert "f needs a value for window\n    --set window=..." in fail("explain", path)
+
+
+# -- emit
+
+
+def test_emit_compiles_for_a_gpu_that_is_not_there(tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "kernels"
+    text = succeed("emit", STREAMING, "--target", "sm_90", "--head-dim", 64, "-o", out)
+    rows = [line.split() for line in text.splitlines() if line.startswith("sm_90")]
+    assert [row[1] for row in rows] == ["forward", "delta", "backward_kv", "backward_q"]
+    forward = (out / "sm_90" / "streaming_forward.py").read_text()
+    assert "attention streaming(window: int = 1024, sinks: int = 4):" in forward
+    assert "wgmma" in (out / "sm_90" / "forward.ptx").read_text()
+
+
+def test_emit_corrects_a_target_and_a_dtype():
+    pytest.importorskip("triton")
+    assert "did you mean 'sm_90'" in fail("emit", STREAMING, "--target", "sm_9")
+    assert "did you mean 'bf16'" in fail("emit", STREAMING, "--dtype", "bf61")
+
+
+# -- doctor
+
+
+def test_doctor_says_what_there_is():
+    text = succeed("doctor")
+    for topic in ("python", "torch", "triton", "gpu", "backends", "cache"):
+        assert topic in text
+
+
+def test_doctor_finds_a_mistyped_variable(monkeypatch):
+    monkeypatch.setenv("ATTNCC_DEBGU", "1")
+    assert "ATTNCC_DEBGU" in succeed("doctor")
