@@ -1,10 +1,8 @@
-"""Hypothesis profiles: `ci` (the default) takes seconds a property, `fuzz` is for long runs.
-
-A property that needs fewer examples scales its profile's number with `examples(fraction)`.
-"""
+"""Hypothesis profiles: `ci` (the default) takes seconds a property, `fuzz` is for long runs."""
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 SLOW_IS_FINE = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
@@ -23,3 +21,10 @@ def _register(name: str, max_examples: int) -> None:
 _register("ci", 60)
 _register("fuzz", int(os.environ.get("FUZZ") or 20_000))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m fuzz` means every property test."""
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.fuzz)
