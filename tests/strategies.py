@@ -70,6 +70,11 @@ def _of(op: ops.Op, *args: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     return st.builds(apply, st.just(op), *args)
 
 
+def _one(choice: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    """The same as one branch: one_of weighs branches alike, nested ones too."""
+    return st.tuples(choice).map(lambda pair: pair[0])
+
+
 @cache
 def ints(depth: int = 3, exact: bool = True) -> st.SearchStrategy[Expr]:
     """Over positions, scalars, sizes and tensors; floor division, modulo, nested where, bits."""
@@ -92,7 +97,7 @@ def ints(depth: int = 3, exact: bool = True) -> st.SearchStrategy[Expr]:
     ]
     if not exact:
         choices += [_of(op, floats(depth - 1, exact)) for op in (ops.FLOOR, ops.INT)]
-    return st.one_of(leaves, *choices)
+    return st.one_of(_one(leaves), *choices)
 
 
 @cache
@@ -112,7 +117,7 @@ def bools(depth: int = 3, exact: bool = True) -> st.SearchStrategy[Expr]:
     ]
     if not exact:
         choices += [_of(op, floats(depth - 1, exact), numbers) for op in (ops.LT, ops.GE)]
-    return st.one_of(leaves, *choices)
+    return st.one_of(_one(leaves), *choices)
 
 
 @cache
@@ -141,7 +146,7 @@ def floats(depth: int = 3, exact: bool = True, score: bool = False) -> st.Search
     ]
     if not exact:
         choices += [_of(op, inner, size) for op in (ops.FLOORDIV, ops.MOD)]
-    return st.one_of(leaves, *choices)
+    return st.one_of(_one(leaves), *choices)
 
 
 @cache
