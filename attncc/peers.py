@@ -17,6 +17,7 @@ from attncc.ir.expr import Expr, Score
 from attncc.ir.program import Normalize, Program
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]
 
 MOST_PAIRS = 1 << 32
 """SDPA's mask takes a byte a pair of each batch and head: 4 GiB at most."""
@@ -53,6 +54,9 @@ class Problem:
             return None
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         return float(self.value(self.program.scale, {"h": zero}, None))
+
+
+Maker = Callable[[Problem], Call | str]
 
 
 def sdpa(problem: Problem) -> Call | str:
@@ -127,6 +131,22 @@ def milliseconds(function: Callable[[], object], device: torch.device, runs: int
         function()
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
+
+
+def forward_milliseconds(call: Call, problem: Problem, inputs: Inputs) -> float:
+    """The median time of a forward that keeps nothing for a backward."""
+    with torch.no_grad():
+        return milliseconds(lambda: call(*inputs), problem.device)
+
+
+def backward_milliseconds(call: Call, problem: Problem, inputs: Inputs) -> float:
+    """The median time of the gradients of q, k and v, the forward left out."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = call(leaves[0], leaves[1], leaves[2])
+    dout = torch.ones_like(out)
+    return milliseconds(
+        lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), problem.device
+    )
 
 
 def device_name(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from attncc.cli.bench import bench
 from attncc.cli.check import check
 from attncc.cli.doctor import doctor
 from attncc.cli.emit import emit
@@ -39,5 +40,5 @@ def main() -> None:
     """Compile a few lines of attention to a checked, readable kernel."""
 
 
-for command in (check, explain, emit, run, tune, doctor):
+for command in (check, explain, emit, run, tune, bench, doctor):
     main.add_command(command)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from attncc.errors import ArgumentError, suggest
+from attncc.errors import ArgumentError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attncc.inputs import Captured, Lengths
     from attncc.ir.expr import ScalarParam
     from attncc.ir.program import Program
+    from attncc.peers import Problem
     from attncc.tiles import BoundPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,6 +109,33 @@ def bound_plan(call: Request, tile: tuple[int, int]) -> BoundPlan:
     sizes = call.lengths.sizes()
     binding = bind_lengths(call.program, **sizes, arguments=call.arguments)
     return BoundPlan(analyze(call.program), binding, tile)
+
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def placed(
+    call: Request, dtype: str | None, device: str | None, seed: int
+) -> tuple[Problem, tuple[Tensor, Tensor, Tensor]]:
+    """The call on a device, by default the best, and q, k, v in a dtype, by default its usual."""
+    import torch
+
+    from attncc.inputs import qkv
+    from attncc.peers import Problem
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"there is no {device}", hint="`attncc doctor` says what there is, and why"
+        )
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    kind = dtypes[dtype or ("bf16" if where.type == "cuda" else "fp32")]
+    arguments = {
+        name: value.to(where) if isinstance(value, torch.Tensor) else value
+        for name, value in call.arguments.items()
+    }
+    problem = Problem(call.program, call.lengths, arguments, where)
+    return problem, qkv(call.lengths, kind, where, seed)
 
 
 def tile(text: str) -> tuple[int, int]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from attncc.cli.request import Request, bound_plan, options, request
+from attncc.cli.request import DTYPES, Request, bound_plan, options, placed, request
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from attncc.peers import Call, Problem
+    from attncc.peers import Inputs, Problem
 
 TRIES = 2.0
 """An error of up to this many times torch's own, in the same dtype, is rounding."""
@@ -20,7 +20,7 @@ TRIES = 2.0
 
 @click.command()
 @options(q_len=4096)
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="[default: by device]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="[default: by device]")
 @click.option("--device", help="cuda or cpu.  [default: the best there is]")
 @click.option("--peers/--no-peers", default=True, help="Time torch's SDPA and FlexAttention too.")
 def run(dtype: str | None, device: str | None, peers: bool, **asked: Any) -> None:
@@ -29,30 +29,15 @@ def run(dtype: str | None, device: str | None, peers: bool, **asked: Any) -> Non
 
     import attncc
     from attncc.cli.explain import draw_terminal
-    from attncc.inputs import qkv
-    from attncc.peers import Problem
 
     call = request(**asked)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = _dtypes()[dtype or ("bf16" if where.type == "cuda" else "fp32")]
-    arguments = {
-        name: value.to(where) if isinstance(value, torch.Tensor) else value
-        for name, value in call.arguments.items()
-    }
+    problem, (q, k, v) = placed(call, dtype, device, asked["seed"])
     _tell_documents(call)
     draw_terminal(call, bound_plan(call, (128, 128)))
-    q, k, v = qkv(call.lengths, kind, where, asked["seed"])
     attn = attncc.compile(call.program)
     with torch.no_grad():
-        _check(attn, q, k, v, arguments)
-        problem = Problem(call.program, call.lengths, arguments, where)
-        _time(lambda q, k, v: attn(q, k, v, **arguments), problem, (q, k, v), peers)
-
-
-def _dtypes() -> dict[str, torch.dtype]:
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        _check(attn, q, k, v, problem.arguments)
+    _time(problem, (q, k, v), peers)
 
 
 def _tell_documents(call: Request) -> None:
@@ -62,7 +47,7 @@ def _tell_documents(call: Request) -> None:
         click.echo(f"documents of row {number}, in words: {names}{more}")
 
 
-def _check(attn: Any, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> None:
+def _check(attn: Any, q: Tensor, k: Tensor, v: Tensor, arguments: Mapping[str, Any]) -> None:
     """Exit code 1 where the result is further from float64 than rounding explains."""
     import torch
 
@@ -81,32 +66,17 @@ def _check(attn: Any, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
         raise click.exceptions.Exit(1)
 
 
-def _time(ours: Call, problem: Problem, qkv: tuple[Tensor, Tensor, Tensor], peers: bool) -> None:
-    from attncc import peers as torch_peers
+def _time(problem: Problem, qkv: Inputs, peers: bool) -> None:
+    from attncc.cli.bench import contestants, measure
+    from attncc.peers import device_name
 
-    device = torch_peers.device_name(problem.device)
-    click.echo(f"\nforward on {device}, {qkv[0].dtype}, median")
-    own = torch_peers.milliseconds(lambda: ours(*qkv), problem.device)
-    click.echo(f"  {'attncc':<16}{own:9.2f} ms")
-    if not peers:
-        return
-    for name, make in (("SDPA", torch_peers.sdpa), ("FlexAttention", torch_peers.flex)):
-        found = _peer_time(make(problem), problem, qkv)
-        if isinstance(found, str):
-            click.echo(f"  {name:<16}not timed: {found}")
-        else:
-            click.echo(f"  {name:<16}{found:9.2f} ms   {found / own:.2f}x attncc's")
-
-
-def _peer_time(
-    made: Call | str, problem: Problem, qkv: tuple[Tensor, Tensor, Tensor]
-) -> float | str:
-    from attncc.peers import milliseconds
-
-    if isinstance(made, str):
-        return made
-    try:
-        return milliseconds(lambda: made(*qkv), problem.device)
-    except Exception as error:  # torch.compile fails in many ways, none of them ours
-        first = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {first[0][:100]}"
+    click.echo(f"\nforward on {device_name(problem.device)}, {qkv[0].dtype}, median")
+    own = 0.0
+    for name, make in contestants() if peers else contestants()[:1]:
+        found = measure(make, problem, qkv, backward=False)
+        if "why" in found:
+            click.echo(f"  {name:<14}not timed: {found['why']}")
+            continue
+        own = own or found["forward_ms"]
+        times = f"   {found['forward_ms'] / own:.2f}x attncc's" if name != "attncc" else ""
+        click.echo(f"  {name:<14}{found['forward_ms']:9.2f} ms{times}")
