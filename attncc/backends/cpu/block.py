@@ -1,0 +1,186 @@
+"""One block of work: the scores of some heads' queries against the keys their strip visits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attncc.backends.cpu.schedule import Group, Interval, Run, Strip
+from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
+from attncc.ir.expr import Expr, Score
+from attncc.ir.program import Normalize
+from attncc.tiles import BoundPlan
+
+BUDGET = 8 << 20
+"""Bytes of scores computed at once; 1 to 8 MiB measured alike on 2 cores with 2 MiB of L2 each."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call's inputs in the layout that strips are cut from; N = batch * kv_heads, G = group.
+
+    q [N, G, Q, D], k [N, KV, D], v [N, KV, Dv], contiguous, in the dtype computed in.
+    """
+
+    bound: BoundPlan
+    tensors: Mapping[str, Tensor]
+    groups: tuple[Group, ...]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def of(
+        bound: BoundPlan,
+        tensors: Mapping[str, Tensor],
+        groups: tuple[Group, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Problem:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        binding = bound.binding
+        rows = binding.batch * binding.kv_heads
+        group = binding.heads // binding.kv_heads
+        return Problem(
+            bound,
+            tensors,
+            groups,
+            q.to(dtype).reshape(rows, group, *q.shape[2:]).contiguous(),
+            k.to(dtype).reshape(rows, *k.shape[2:]).contiguous(),
+            v.to(dtype).reshape(rows, *v.shape[2:]).contiguous(),
+        )
+
+    @cached_property
+    def scale(self) -> float:
+        """What q . k is multiplied by."""
+        scale = self.bound.plan.program.scale
+        if scale is None:
+            return float(self.q.shape[-1] ** -0.5)
+        return float(evaluate(scale, Env({}, self.bound.binding.scalars, dtype=torch.float64)))
+
+    @property
+    def softmax(self) -> bool:
+        return self.bound.plan.program.normalize is Normalize.SOFTMAX
+
+    def env(self, rows: Interval, members: Interval) -> Env:
+        """b, h and kv_head of some heads, to broadcast against [rows, members, queries, keys]."""
+        binding = self.bound.binding
+        group = self.q.shape[1]
+        row = torch.arange(*rows).view(-1, 1, 1, 1)
+        kv_head = row % binding.kv_heads
+        positions = {
+            "b": row // binding.kv_heads,
+            "h": kv_head * group + torch.arange(*members).view(1, -1, 1, 1),
+            "kv_head": kv_head,
+        }
+        return Env(positions, binding.scalars, self.tensors, dtype=self.q.dtype)
+
+    def blocks(self, copies: int) -> Iterator[Block]:
+        """All blocks, sized so that `copies` buffers of scores fit the budget."""
+        for group in self.groups:
+            for strip in group.strips:
+                if strip.runs:
+                    yield from self._blocks(group, strip, copies)
+
+    def _blocks(self, group: Group, strip: Strip, copies: int) -> Iterator[Block]:
+        members = group.members[1] - group.members[0]
+        queries = members * (strip.stop - strip.start)
+        one = queries * strip.width * self.q.element_size() * copies
+        step = max(1, BUDGET // one)
+        for start in range(*group.rows, step):
+            rows = start, min(start + step, group.rows[1])
+            yield Block(self, strip, rows, group.members)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some heads' queries of one strip; R = rows * members * queries, W = keys of all runs."""
+
+    problem: Problem
+    strip: Strip
+    rows: Interval
+    members: Interval
+
+    def queries(self, x: Tensor) -> Tensor:
+        """This block's part of a [N, G, Q, ...] tensor, a view."""
+        strip = self.strip
+        return x[slice(*self.rows), slice(*self.members), strip.start : strip.stop]
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[rows, members, queries, C] as [rows, members * queries, C]."""
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def keys(self, x: Tensor, run: Run) -> Tensor:
+        """One run's part of a [N, KV, C] tensor, a view."""
+        return x[slice(*self.rows), run.start : run.stop]
+
+    def runs(self) -> Iterator[tuple[Run, slice]]:
+        """Each run with its columns."""
+        start = 0
+        for run in self.strip.runs:
+            yield run, slice(start, start + len(run))
+            start += len(run)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        rows, members = self.rows[1] - self.rows[0], self.members[1] - self.members[0]
+        return rows, members, self.strip.stop - self.strip.start, self.strip.width
+
+    @cached_property
+    def _heads_env(self) -> Env:
+        return self.problem.env(self.rows, self.members)
+
+    def env(self, keys: Tensor, score: Tensor | None = None) -> Env:
+        """Positions of this block's queries and the keys given, [rows, members, queries, keys]."""
+        env = self._heads_env
+        queries = torch.arange(self.strip.start, self.strip.stop)[:, None]
+        positions = {**env.positions, "q_idx": queries, "kv_idx": keys}
+        return replace(env, positions=positions, score=score)
+
+    @cached_property
+    def kv_idx(self) -> Tensor:
+        """The keys of all runs, [W]."""
+        return torch.cat([torch.arange(run.start, run.stop) for run in self.strip.runs])
+
+    def products(self, left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
+        """left [rows, R, C] . right [N, KV, C] over all runs, as [rows, members, queries, W]."""
+        result = buffer[: math.prod(self.shape)].view(left.shape[0], -1, self.strip.width)
+        for run, columns in self.runs():
+            torch.bmm(left, self.keys(right, run).transpose(1, 2), out=result[..., columns])
+        return result.view(self.shape)
+
+    @cached_property
+    def dropped(self) -> tuple[tuple[slice, Tensor], ...]:
+        """Columns that need the mask, and where it drops pairs."""
+        mask = self.problem.bound.plan.mask
+        found = []
+        for run, columns in self.runs():
+            for start, stop in run.masked:
+                keep = evaluate_unchecked(mask, self.env(torch.arange(start, stop)))
+                offset = columns.start - run.start
+                found.append((slice(start + offset, stop + offset), ~keep))
+        return tuple(found)
+
+    def drop(self, x: Tensor, value: float) -> Tensor:
+        """Writes a value over the pairs that the mask drops."""
+        for columns, dropped in self.dropped:
+            x[..., columns].masked_fill_(dropped, value)
+        return x
+
+    def modified(self, raw: Tensor) -> Tensor:
+        """The program's score of q . k * scale, writable; raw itself where they are the same."""
+        score = self.problem.bound.plan.score
+        if score == Score():
+            return raw
+        result = self.value(score, raw).contiguous()
+        return result.clone() if result.data_ptr() == raw.data_ptr() else result
+
+    def value(self, expr: Expr, raw: Tensor) -> Tensor:
+        """An expression at every pair of the block, expanded but not copied."""
+        return evaluate_unchecked(expr, self.env(self.kv_idx, raw)).expand(self.shape)

@@ -1,0 +1,92 @@
+"""The forward in strips: one softmax over all keys that a strip of queries visits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attncc.backends.cpu.block import Block, Problem
+from attncc.ir.evaluate import evaluate_unchecked
+from attncc.ir.program import Normalize
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out [N, G, Q, Dv] and lse [N, G, Q], which is -inf where the program is no softmax."""
+    q, v = problem.q, problem.v
+    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    lse = q.new_full(q.shape[:3], -math.inf)
+    buffers = Buffers(q)
+    for block in problem.blocks(copies=1):
+        scores = block.modified(raw_scores(block, buffers("scores", block)))
+        if problem.softmax:
+            total = _softmax(block, block.drop(scores, -math.inf), lse)
+            mixed = _mix(block, scores).div_(total)
+        else:
+            mixed = _mix(block, unnormalized(block, scores))
+        block.queries(out).copy_(mixed)
+    return out, lse
+
+
+class Buffers:
+    """Scratch memory kept from block to block, since fresh pages cost more than arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, block: Block) -> Tensor:
+        size = math.prod(block.shape)
+        if name not in self.kept or self.kept[name].numel() < size:
+            self.kept[name] = self.like.new_empty(size)
+        return self.kept[name]
+
+
+def raw_scores(block: Block, buffer: Tensor) -> Tensor:
+    """q . k * scale."""
+    problem = block.problem
+    scaled = block.flat(block.queries(problem.q) * problem.scale)
+    return block.products(scaled, problem.k, buffer)
+
+
+def unnormalized(block: Block, scores: Tensor) -> Tensor:
+    """Weights where there is no softmax, 0 at dropped pairs; overwrites the scores."""
+    if block.problem.bound.plan.program.normalize is Normalize.SIGMOID:
+        scores.sigmoid_()
+    return block.drop(scores, 0)
+
+
+def sink_of(block: Block) -> Tensor | None:
+    """The sink of the block's heads, to broadcast against [rows, members, queries, 1]."""
+    sink = block.problem.bound.plan.program.sink
+    return None if sink is None else evaluate_unchecked(sink, block.env(torch.zeros(1)))
+
+
+def _softmax(block: Block, scores: Tensor, lse: Tensor) -> Tensor:
+    """Turns scores into exp(score - row's shift), fills lse, and returns each row's total."""
+    top = scores.amax(-1, keepdim=True)
+    sink = sink_of(block)
+    shift = top if sink is None else torch.maximum(top, sink)
+    shift = shift.masked_fill(shift == -math.inf, 0)
+    total = scores.sub_(shift).exp_().sum(-1, keepdim=True)
+    if sink is not None:
+        total += torch.exp(sink - shift)
+    empty = top == -math.inf
+    total.masked_fill_(empty, 1)
+    block.queries(lse).copy_((shift + total.log()).masked_fill_(empty, -math.inf).squeeze(-1))
+    return total
+
+
+def _mix(block: Block, weights: Tensor) -> Tensor:
+    """weights . v over all runs, [rows, members, queries, Dv]."""
+    flat = block.flat(weights)
+    mixed: Tensor | None = None
+    for run, columns in block.runs():
+        values = block.keys(block.problem.v, run)
+        if mixed is None:
+            mixed = torch.bmm(flat[..., columns], values)
+        else:
+            mixed.baddbmm_(flat[..., columns], values)
+    assert mixed is not None, "blocks have runs"
+    return mixed.view(*block.shape[:3], mixed.shape[-1])
