@@ -1,0 +1,288 @@
+"""The public API: compile a program, call it, plan it, read its kernel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from attncc import frontend
+from attncc.backends import dense, registry
+from attncc.binding import Binding, bind, bind_lengths, check_inputs
+from attncc.bounds import check_bounds
+from attncc.errors import ArgumentError
+from attncc.ir.plan import Plan
+from attncc.ir.program import Normalize, Program
+from attncc.passes import analyze
+from attncc.plans import CallPlan, PlanCache, lengths, mask_arguments
+from attncc.settings import Debug, settings
+from attncc.tiles import BoundPlan
+
+TILE = 128, 128
+"""Tiles of a plan where none are asked for, those of most kernels."""
+
+RESERVED = frozenset(
+    ("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile", "self")
+)
+"""Arguments of `Attention`'s methods, which a parameter must not hide behind."""
+
+
+def compile(source: str | Path | Program, name: str | None = None) -> Attention:
+    """An attention variant from a path, a program's text, or a Program.
+
+    name: which of several programs in one file. Raises AttnccError, with line, column and what to
+    write instead, for every mistake in the text.
+    """
+    return Attention(frontend.load(source, name))
+
+
+class Attention:
+    """One compiled variant; calling it is attention with it."""
+
+    def __init__(self, program: Program) -> None:
+        for param in program.params:
+            if param.name in RESERVED:
+                raise ArgumentError(
+                    f"a parameter named {param.name!r} could not be passed in a call",
+                    hint="rename it",
+                    source=program.source,
+                    span=param.span,
+                )
+        self.program = program
+
+    def __repr__(self) -> str:
+        return f"<attncc.Attention {self.program.name}>"
+
+    def __str__(self) -> str:
+        """The program in the language."""
+        return str(self.program)
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: Literal[False] = False,
+        plan: BoundPlan | None = None,
+        backend: str | None = None,
+        deterministic: bool = False,
+        **params: object,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: Literal[True],
+        plan: BoundPlan | None = None,
+        backend: str | None = None,
+        deterministic: bool = False,
+        **params: object,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: bool = False,
+        plan: BoundPlan | None = None,
+        backend: str | None = None,
+        deterministic: bool = False,
+        **params: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """out [B, Hq, Q, Dv] in q's dtype, and with return_lse also lse [B, Hq, Q].
+
+        q [B, Hq, Q, D], k [B, Hkv, KV, D], v [B, Hkv, KV, Dv] of one floating dtype and device, any
+        strides; Hkv divides Hq. Differentiable once in q, k, v and tensors declared `grad`. Under
+        autocast they are converted as for scaled_dot_product_attention.
+
+        plan:    made by `plan(...)` for the same lengths and mask arguments; its arguments need not
+                 be passed again, and those that the mask does not read may change.
+        backend: "dense", "cpu" or "triton"; by default the device's own. Never falls back.
+        deterministic: gradients bitwise repeatable; also asked for by torch's own switch.
+
+        Raises ArgumentError, BoundsError, UnsupportedError.
+        """
+        self._check_lse(return_lse)
+        q, k, v = _autocast(q, k, v)
+        bound = self._bound(q, k, v, params, plan)
+        run = registry.choose(backend, q.device)
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        with _without_autocast(q.device.type):
+            out, lse = run(bound, q, k, v, deterministic)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: bool = False,
+        dtype: torch.dtype | None = None,
+        **params: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The same by the dense interpreter, which defines it; in `dtype` throughout, if given."""
+        self._check_lse(return_lse)
+        binding = bind(self.program, q, k, v, params)
+        with _without_autocast(q.device.type):
+            out, lse = dense.attention(self.program, binding, q, k, v, dtype)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def plan(
+        self,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        tile: tuple[int, int] = TILE,
+        **params: object,
+    ) -> CallPlan:
+        """What a call would compute, of tensors or of lengths.
+
+        Without tensors: q_len=, kv_len=, and batch=1, heads=1, kv_heads=heads, head_dim=64.
+        tile: (queries, keys) that `.counts` counts and `print` draws; kernels choose their own.
+        """
+        if q is not None and k is not None and v is not None:
+            return self._planned(bind(self.program, q, k, v, params), tile)
+        if q is not None or k is not None or v is not None:
+            raise ArgumentError("a plan needs all of q, k and v, or q_len= and kv_len=")
+        return self._planned(self._bind_lengths(params), tile)
+
+    def source(self, target: str = "sm_90", *, dtype: str = "bf16", backward: bool = False) -> str:
+        """The generated Triton kernel for a target, one stand-alone file; needs no GPU.
+
+        target: sm_80, sm_90, sm_100, gfx942. dtype of q, k and v: bf16, fp16, fp32.
+        """
+        from attncc.backends.triton import aot, emit
+
+        files = emit.sources(emit.spec(self.static, dtype, aot.target(target)))
+        wanted = "_backward" if backward else "_forward"
+        return next(text for name, text in files.items() if name.endswith(wanted))
+
+    @cached_property
+    def static(self) -> Plan:
+        """What the passes found out, for any lengths and arguments."""
+        debug = print if settings().debug >= Debug.PASSES else None
+        return analyze(self.program, debug)
+
+    # -- binding
+
+    @cached_property
+    def _plans(self) -> PlanCache:
+        return PlanCache(self.static)
+
+    def _planned(self, binding: Binding, tile: tuple[int, int]) -> CallPlan:
+        check_bounds(self.static, binding)
+        return self._plans(binding, tile)
+
+    def _bind_lengths(self, params: Mapping[str, object]) -> Binding:
+        params = dict(params)
+        sizes = {}
+        for name in ("q_len", "kv_len", "batch", "heads", "kv_heads", "head_dim"):
+            if name in params:
+                sizes[name] = params.pop(name)
+        for name in ("q_len", "kv_len"):
+            if name not in sizes:
+                raise ArgumentError(
+                    f"a plan without tensors needs {name}",
+                    hint="plan(q, k, v, ...) or plan(q_len=4096, kv_len=4096, ...)",
+                )
+        return bind_lengths(self.program, **sizes, arguments=params)  # type: ignore[arg-type]
+
+    def _bound(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        params: Mapping[str, object],
+        plan: BoundPlan | None,
+    ) -> BoundPlan:
+        if plan is None:
+            return self._planned(bind(self.program, q, k, v, params), TILE)
+        if plan.plan is not self.static and plan.plan.program != self.program:
+            raise ArgumentError(
+                f"plan is of {plan.plan.program.name}, expected one of {self.program.name}"
+            )
+        if not params:
+            check_inputs(q, k, v)
+            _check_same(plan, q, k)
+            return plan
+        kept = {p.name: _value(plan.binding, p.name) for p in self.program.params}
+        binding = bind(self.program, q, k, v, {**kept, **params})
+        _check_same(plan, q, k)
+        _check_mask(plan, binding)
+        check_bounds(self.static, binding)
+        return CallPlan(plan.plan, binding, plan.tile, plan)
+
+    def _check_lse(self, return_lse: bool) -> None:
+        if return_lse and self.program.normalize is not Normalize.SOFTMAX:
+            raise ArgumentError(
+                f"return_lse: {self.program.name} has no lse, since it says "
+                f"normalize = {self.program.normalize.value}"
+            )
+
+
+def _value(binding: Binding, name: str) -> object:
+    return binding.tensors[name] if name in binding.tensors else binding.scalars[name]
+
+
+def _check_same(plan: BoundPlan, q: Tensor, k: Tensor) -> None:
+    """The lengths and device of a call against its plan's."""
+    binding = plan.binding
+    here = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    names = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim")
+    for name, had, got in zip(names, lengths(binding), here, strict=True):
+        if had != got:
+            raise ArgumentError(
+                f"plan is for {name} {had}, but q, k and v have {name} {got}",
+                hint="make a plan of these tensors: plan(q, k, v, ...)",
+            )
+    if binding.device != q.device:
+        raise ArgumentError(f"plan is for {binding.device}, but q is on {q.device}")
+
+
+def _check_mask(plan: BoundPlan, binding: Binding) -> None:
+    """New arguments may change scores, not which pairs are kept."""
+    scalars, tensors = mask_arguments(plan.plan)
+    for name in (*scalars, *tensors):
+        had, got = _value(plan.binding, name), _value(binding, name)
+        same = had is got if isinstance(had, Tensor) else had == got
+        if not same:
+            raise ArgumentError(
+                f"plan was made with another {name}, which the mask reads",
+                hint=f"leave {name} out, or make a plan of the new one",
+            )
+
+
+# -- autocast
+
+
+def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v in the autocast dtype where autocast is on; float64 stays."""
+    first = inputs[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return inputs
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype is not torch.float64 else x for x in inputs
+    )
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Backends choose their own dtypes."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

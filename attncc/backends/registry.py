@@ -1,0 +1,91 @@
+"""The backends by name: which one runs a call, and how it is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attncc.errors import ArgumentError, UnsupportedError, suggest
+from attncc.settings import settings
+from attncc.tiles import BoundPlan
+
+Result = tuple[Tensor, Tensor | None]
+"""out [B, Hq, Q, Dv], and lse [B, Hq, Q] where the program normalizes by softmax."""
+
+Backend = Callable[[BoundPlan, Tensor, Tensor, Tensor, bool], Result]
+"""(bound plan, q, k, v, deterministic) to the result; UnsupportedError where it cannot."""
+
+WIDEST_HEAD = 256
+"""Of the Triton kernels: a head of a tile of rows must fit shared memory."""
+
+
+def choose(name: str | None, device: torch.device) -> Backend:
+    """The backend asked for by name, here or by ATTNCC_BACKEND, else the device's own.
+
+    Raises ArgumentError for an unknown name; a choice never falls back to another backend.
+    """
+    name = name or settings().backend
+    if name == "auto":
+        name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        if name is None:
+            raise UnsupportedError(
+                f"no backend is made for {device.type} tensors",
+                hint="ask for backend='dense', which runs wherever torch does",
+            )
+    if name not in BACKENDS:
+        hint = suggest(name, BACKENDS) or f"there is {', '.join(sorted(BACKENDS))}"
+        raise ArgumentError(f"there is no backend {name!r}", hint=hint)
+    return BACKENDS[name]
+
+
+def _dense(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+    from attncc.backends import dense
+
+    return dense.attention(bound.plan.program, bound.binding, q, k, v)
+
+
+def _cpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+    from attncc.backends import cpu
+
+    if q.device.type != "cpu":
+        raise UnsupportedError(f"the cpu backend got {q.device} tensors", hint="move them: q.cpu()")
+    return cpu.attention(bound.retiled(cpu.TILE), q, k, v)  # sums in one order, always
+
+
+def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+    _check_triton(q, v)
+    from attncc.backends.triton.autograd import attention
+    from attncc.backends.triton.launch import Run, scale_of
+    from attncc.ir.program import Normalize
+    from attncc.numeric import index_bits
+
+    plan, binding = bound.plan, bound.binding
+    wide = index_bits(plan, binding) == 64
+    run = Run(bound, scale_of(plan, binding), wide=wide, deterministic=deterministic)
+    out, lse = attention(run, q, k, v)
+    return out, lse if plan.program.normalize is Normalize.SOFTMAX else None
+
+
+def _check_triton(q: Tensor, v: Tensor) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if q.device.type != "cuda" and not interpreted:
+        raise UnsupportedError(
+            f"the triton backend got {q.device} tensors",
+            hint="move them to a GPU, or set TRITON_INTERPRET=1 to run its kernels slowly here",
+        )
+    if q.dtype is torch.float64:
+        raise UnsupportedError(
+            "the triton backend has no float64 kernels", hint="ask for backend='dense', or float32"
+        )
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > WIDEST_HEAD:
+        raise UnsupportedError(
+            f"the triton backend has no kernel for head dim {widest}, at most {WIDEST_HEAD}",
+            hint="ask for backend='dense', which materialises all pairs",
+        )
+
+
+BACKENDS: dict[str, Backend] = {"dense": _dense, "cpu": _cpu, "triton": _triton}

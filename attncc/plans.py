@@ -1,0 +1,142 @@
+"""Bound plans of calls: kept while what the mask reads stays the same, and printed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from attncc import picture, report
+from attncc.binding import Binding
+from attncc.ir.expr import Load, Scalar, walk
+from attncc.ir.plan import Plan
+from attncc.tiles import BoundPlan, Counts, Density, SegmentTable, TileLists
+
+KEPT = 8
+"""Bound plans kept for a program: the lengths and masks that layers of one model take turns in."""
+
+
+@dataclass(frozen=True)
+class CallPlan(BoundPlan):
+    """The plan of one call: its own arguments, and tiles shared with calls of the same mask."""
+
+    origin: BoundPlan
+
+    def retiled(self, tile: tuple[int, int]) -> BoundPlan:
+        if tile == self.tile:
+            return self
+        return replace(self, tile=tile, origin=self.origin.retiled(tile))
+
+    def classify(self) -> Tensor:
+        return self.origin.classify()
+
+    def key_lists(self) -> TileLists:
+        return self.origin.key_lists()
+
+    def query_lists(self) -> TileLists:
+        return self.origin.query_lists()
+
+    def work_order(self, lists: TileLists) -> Tensor:
+        return self.origin.work_order(lists)
+
+    def key_segments(self) -> SegmentTable | None:
+        return self.origin.key_segments()
+
+    def query_segments(self) -> SegmentTable | None:
+        return self.origin.query_segments()
+
+    @property
+    def counts(self) -> Counts:
+        return self.origin.counts
+
+    @property
+    def density(self) -> Density:
+        return self.origin.density
+
+    def exact_counts(self) -> Counts:
+        return self.origin.exact_counts()
+
+    def __str__(self) -> str:
+        """What was decided and why, the counts, and the tiles of the first sequence and head."""
+        return "\n".join((*report.lines(self.plan), "", *_head(self), *_tiles(self)))
+
+
+def _head(bound: BoundPlan) -> list[str]:
+    binding, (rows, keys) = bound.binding, bound.tile
+    title = (
+        f"{binding.q_len} queries x {binding.kv_len} keys, "
+        f"{binding.batch} x {binding.heads} heads, tiles of {rows} x {keys}"
+    )
+    counts, density = bound.counts, bound.density
+    pairs = f"{density.low:.1%}" if density.exact else f"{density.low:.1%} to {density.high:.1%}"
+    return [
+        title,
+        f"tiles: {counts.full} full, {counts.partial} partial, {counts.empty} empty; "
+        f"{pairs} of pairs kept",
+    ]
+
+
+def _tiles(bound: BoundPlan) -> list[str]:
+    classes = bound.classify()
+    return [picture.text(classes[0, 0].tolist()), picture.legend()] if classes.numel() else []
+
+
+class PlanCache:
+    """The bound plans of one program that were asked for last."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.kept: OrderedDict[Hashable, BoundPlan] = OrderedDict()
+
+    def __call__(self, binding: Binding, tile: tuple[int, int]) -> CallPlan:
+        """The plan of a call; its tiles are worked out once for equal lengths and mask arguments.
+
+        Tensors are equal while they are one object at one version. Those without a version
+        (inference mode) and those made by autograd (whose graph would be kept) are never kept.
+        """
+        key = mask_key(self.plan, binding)
+        bound = self.kept.get((key, tile)) if key is not None else None
+        if bound is None:
+            names = mask_arguments(self.plan)[1]
+            tensors = {name: binding.tensors[name] for name in names}
+            bound = BoundPlan(self.plan, replace(binding, tensors=tensors), tile)
+            if key is not None:
+                self._keep((key, tile), bound)
+        return CallPlan(self.plan, binding, tile, bound)
+
+    def _keep(self, key: Hashable, bound: BoundPlan) -> None:
+        self.kept[key] = bound  # which keeps the tensors, so that their ids stay theirs
+        if len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+
+
+@lru_cache(maxsize=256)
+def mask_arguments(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the scalars and of the tensors that the mask reads."""
+    nodes = list(walk(plan.mask))
+    scalars = {node.param.name for node in nodes if isinstance(node, Scalar)}
+    tensors = {node.tensor.name for node in nodes if isinstance(node, Load)}
+    return tuple(sorted(scalars)), tuple(sorted(tensors))
+
+
+def mask_key(plan: Plan, binding: Binding) -> Hashable:
+    """Equal for calls that keep the same pairs; None where a tensor cannot tell."""
+    scalars, names = mask_arguments(plan)
+    tensors = [binding.tensors[name] for name in names]
+    if any(x.is_inference() or x.grad_fn is not None for x in tensors):
+        return None
+    return (
+        lengths(binding),
+        tuple(binding.scalars[name] for name in scalars),
+        tuple((id(x), x._version) for x in tensors),
+        binding.device,
+    )
+
+
+def lengths(binding: Binding) -> tuple[int, ...]:
+    """Everything about q, k and v that a plan depends on."""
+    sizes = binding.batch, binding.heads, binding.kv_heads, binding.q_len, binding.kv_len
+    return *sizes, binding.head_dim
