@@ -20,9 +20,7 @@ from attncc.passes.precision import same_in_any_dtype
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 CHUNK = 2**20
-"""Grid cells evaluated at once; 8 MiB for each live int64 value."""
-DENSE_CHUNK = 2**19
-"""Pairs evaluated at once in strips: less than a core's cache takes longer to start than to run."""
+"""Cells of the grid evaluated at once; 8 MiB for each live int64 value."""
 AFFORDABLE = 2**25
 """Pairs that `density` evaluates one by one where it must; about a second on 2 cores."""
 
@@ -258,28 +256,31 @@ class BoundPlan:
     @cached_property
     def _refined(self) -> Tensor:
         result = self.classify().clone()
-        block_m, block_n = self.tile
-        for rows, keep in self._strips(block_m):
-            part = result[:, :, rows]
-            some, every = _over_tiles(keep, block_m, block_n)
-            exact = torch.where(every, FULL, torch.where(some, PARTIAL, EMPTY)).to(torch.int8)
-            part.copy_(torch.where(part == PARTIAL, exact, part))
+        for at, keep, valid in self._partial_tiles():
+            some, every = keep.any((1, 2)), (keep | ~valid).all((1, 2))
+            exact = torch.where(every, FULL, torch.where(some, PARTIAL, EMPTY))
+            result[at] = exact.to(torch.int8)
         return result
 
-    def _strips(self, height: int) -> Iterator[tuple[slice, Tensor]]:
-        """(rows of tiles, mask [B|1, H|1, rows * height, kv_len]) over all tiles of that height."""
-        batch, heads = self._grid_shape
-        kv_len = self.binding.kv_len
-        tiles = -(-self.binding.q_len // height)
-        step = max(1, DENSE_CHUNK // max(1, batch * heads * height * kv_len))
-        keys = self._arange(kv_len).view(1, 1, 1, -1)
-        for start in range(0, tiles if kv_len else 0, step):
-            rows = slice(start, min(start + step, tiles))
-            lo, hi = rows.start * height, min(rows.stop * height, self.binding.q_len)
-            queries = torch.arange(lo, hi, device=self.binding.device).view(1, 1, -1, 1)
-            env = self._env({**self._outer(4), "q_idx": queries, "kv_idx": keys})
-            mask = evaluate_unchecked(self.plan.mask, env)
-            yield rows, mask.expand(batch, heads, hi - lo, kv_len)
+    def _partial_tiles(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
+        """(b, h, query tile, key tile) of some partial tiles [n], which of their pairs
+        [n, BLOCK_M, BLOCK_N] are kept, and which lie within the lengths."""
+        block_m, block_n = self.tile
+        where = (self.classify() == PARTIAL).nonzero()
+        rows = torch.arange(block_m, device=where.device).view(1, -1, 1)
+        keys = torch.arange(block_n, device=where.device).view(1, 1, -1)
+        for part in torch.split(where, max(1, CHUNK // (4 * block_m * block_n))):
+            b, h, q_tile, kv_tile = part.unbind(1)
+            q_idx = q_tile.view(-1, 1, 1) * block_m + rows
+            kv_idx = kv_tile.view(-1, 1, 1) * block_n + keys
+            valid = (q_idx < self.binding.q_len) & (kv_idx < self.binding.kv_len)
+            positions = {
+                **self._heads(b.view(-1, 1, 1), h.view(-1, 1, 1)),
+                "q_idx": q_idx.clamp(max=self.binding.q_len - 1),
+                "kv_idx": kv_idx.clamp(max=self.binding.kv_len - 1),
+            }
+            keep = evaluate_unchecked(self.plan.mask, self._env(positions)) & valid
+            yield (b, h, q_tile, kv_tile), keep, valid
 
     @cached_property
     def density(self) -> Density:
@@ -292,10 +293,21 @@ class BoundPlan:
             kept = self._kept_by_ranges(self.plan.key_ranges)
             return Density(kept / pairs, kept / pairs)
         if pairs <= AFFORDABLE:
-            kept = sum(int(keep.sum()) for _, keep in self._strips(self.tile[0]))
+            kept = self._kept_by_tiles()
             return Density(kept / pairs, kept / pairs)
         counts = self.counts
         return Density(counts.full / counts.total, 1 - counts.empty / counts.total)
+
+    def _kept_by_tiles(self) -> int:
+        """Pairs in full tiles, and those kept in partial ones."""
+        rows, keys = (self._lengths_of_tiles(axis) for axis in (Axis.Q, Axis.KV))
+        full = (self.classify() == FULL) * rows[:, None] * keys
+        return int(full.sum()) + sum(int(keep.sum()) for _, keep, _ in self._partial_tiles())
+
+    def _lengths_of_tiles(self, axis: Axis) -> Tensor:
+        name = self._along(axis)[0]
+        ends = self._tile_ends(axis)
+        return ends[f"{name}_last"] - ends[f"{name}_lo"] + 1
 
     def _kept_by_ranges(self, ranges: Ranges) -> int:
         """Pairs in the ranges of single rows."""
@@ -322,14 +334,14 @@ class BoundPlan:
     def _outer(self, rank: int) -> dict[str, Tensor]:
         """b along the first of `rank` axes, h and kv_head along the second."""
         batch, heads = self._grid_shape
-        h = self._arange(heads)
-        group = max(1, self.binding.heads // max(1, self.binding.kv_heads))
         ones = [1] * (rank - 2)
-        return {
-            "b": self._arange(batch).view(-1, 1, *ones),
-            "h": h.view(1, -1, *ones),
-            "kv_head": (h // group).view(1, -1, *ones),
-        }
+        return self._heads(
+            self._arange(batch).view(-1, 1, *ones), self._arange(heads).view(1, -1, *ones)
+        )
+
+    def _heads(self, b: Tensor, h: Tensor) -> dict[str, Tensor]:
+        group = max(1, self.binding.heads // max(1, self.binding.kv_heads))
+        return {"b": b, "h": h, "kv_head": h // group}
 
     def _tile_ends(self, axis: Axis) -> dict[str, Tensor]:
         """First and last position, and number, of each tile along an axis."""
@@ -458,6 +470,7 @@ def _union_size(lo: Tensor, hi: Tensor) -> int:
 def _lists(classes: Tensor) -> TileLists:
     """Full tiles first and partial ones last: one sort of keys that order each row so."""
     capacity = classes.shape[-1]
+    classes = classes.contiguous()  # kernels step through rows of the results
     number = torch.arange(capacity, dtype=torch.int32, device=classes.device)
     group = torch.where(classes == FULL, 0, torch.where(classes == EMPTY, 1, 2)).to(torch.int32)
     index = (group * capacity + number).sort(-1).values % max(capacity, 1)
@@ -467,23 +480,3 @@ def _lists(classes: Tensor) -> TileLists:
         (classes == FULL).sum(-1, dtype=torch.int32),
         (classes == PARTIAL).sum(-1, dtype=torch.int32),
     )
-
-
-def _over_tiles(keep: Tensor, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
-    """(any, all) of [B, H, rows, kv_len] over tiles, ragged ones at the end included."""
-    some, every = _over(keep, block_n, 3)
-    some, _ = _over(some, block_m, 2)
-    _, every = _over(every, block_m, 2)
-    return some, every
-
-
-def _over(keep: Tensor, block: int, dim: int) -> tuple[Tensor, Tensor]:
-    length = keep.shape[dim]
-    whole = length // block * block
-    before, after = keep.shape[:dim], keep.shape[dim + 1 :]
-    parts = [keep.narrow(dim, whole, length - whole).unsqueeze(dim)] if whole < length else []
-    if whole:
-        head = keep.narrow(dim, 0, whole)
-        parts.insert(0, head.reshape(*before, whole // block, block, *after))
-    some = torch.cat([part.any(dim + 1) for part in parts], dim)
-    return some, torch.cat([part.all(dim + 1) for part in parts], dim)

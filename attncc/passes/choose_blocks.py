@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attncc.ir import ops
-from attncc.ir.expr import Apply, Const, Expr, kind
+from attncc.ir.expr import Apply, Axis, Const, Expr, Index, axes, kind
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Blocks, Note, Plan, Ranges
 from attncc.passes.linear import linear
@@ -30,11 +30,13 @@ def _enough(ranges: Ranges) -> bool:
 
 
 def _fine_grained(literal: Expr) -> bool:
-    """x % d == r with positions of factor 1 in x and 1 < d <= 64: in every tile some pair holds
-    it and some does not."""
+    """x % d == r with a position of factor 1 in x and 1 < d <= 64: of as many neighbours some pair
+    holds it and some does not, whatever the other terms of x."""
     match literal:
         case Apply(ops.EQ, (Apply(ops.MOD, (x, Const(d))), Const(r))) if kind(x) is Kind.INT:
-            steps = list(linear(x).terms.values())
-            return 1 < d <= SMALLEST_TILE and 0 <= r < d and set(map(abs, steps)) <= {1}
+            steps = [abs(f) for atom, f in linear(x).terms.items() if isinstance(atom, Index)]
+            inner = [atom for atom in linear(x).terms if not isinstance(atom, Index)]
+            apart = any(axes(atom) & (Axis.Q | Axis.KV) for atom in inner)
+            return 1 < d <= SMALLEST_TILE and 0 <= r < d and 1 in steps and not apart
         case _:
             return False

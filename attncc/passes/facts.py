@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from attncc.ir import expr as ir
 from attncc.ir import ops
@@ -62,25 +63,14 @@ class Facts:
 
     def holds(self, form: Linear, depth: int = DEPTH) -> bool:
         """Proved that a linear form is >= 0."""
-        at_least = form.const + sum(f for a, f in form.terms.items() if a in self.positive)
-        open_terms = [a for a, f in form.terms.items() if f < 0 or not self._atom(a, depth)]
-        if not open_terms:
-            return at_least >= 0
-        if depth == 0:
-            return False
-        for atom in open_terms:
-            factor = form.terms[atom]
-            any_of, all_of = self._limits(atom, upper=factor < 0, depth=depth)
-            if any_of or all_of:  # every open term must go, so which goes first hardly matters
-                rest = form.without(atom)
-                swap = (self.holds(rest.plus(by, factor), depth - 1) for by in any_of or all_of)
-                return any(swap) if any_of else all(swap)
-        return False
+        if not form.terms:
+            return form.const >= 0
+        return depth > 0 and _holds(self, tuple(form.terms.items()), form.const, depth)
 
-    def _limits(
+    def limits(
         self, atom: Expr, upper: bool, depth: int
     ) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
-        """(each of these bounds the atom, the atom is one of these)."""
+        """(each of these bounds the atom, the atom is one of these); both empty if unknown."""
         match atom:
             case Index():
                 return (UPPER if upper else LOWER).get(atom, ()), ()
@@ -108,7 +98,7 @@ class Facts:
     def _nonnegative(self, expr: Expr, depth: int) -> bool:
         return depth > 0 and self.holds(linear(expr), depth - 1)
 
-    def _atom(self, atom: Expr, depth: int) -> bool:
+    def atom(self, atom: Expr, depth: int) -> bool:
         """Proved that an atom is >= 0."""
         match atom:
             case Index():
@@ -148,3 +138,20 @@ def positive_where(condition: Expr) -> frozenset[Scalar]:
 
 
 FACTS = Facts()
+
+
+@lru_cache(maxsize=2**14)
+def _holds(facts: Facts, terms: tuple[tuple[Expr, int], ...], const: int, depth: int) -> bool:
+    """Whether const + terms >= 0. Kept, since simplifying asks the same of every parent."""
+    form = Linear(dict(terms), const)
+    at_least = const + sum(factor for atom, factor in terms if atom in facts.positive)
+    open_terms = [(a, f) for a, f in terms if f < 0 or not facts.atom(a, depth - 1)]
+    if not open_terms:
+        return at_least >= 0
+    for atom, factor in open_terms:
+        any_of, all_of = facts.limits(atom, upper=factor < 0, depth=depth - 1)
+        if any_of or all_of:  # every open term must go, so which goes first hardly matters
+            rest = form.without(atom)
+            swap = (facts.holds(rest.plus(by, factor), depth - 1) for by in any_of or all_of)
+            return any(swap) if any_of else all(swap)
+    return False

@@ -69,21 +69,16 @@ class _Finder:
             visit.append(some)
             unmasked.append(every)
             left_out |= dict.fromkeys(loose)
-        return self._ranges(visit, unmasked, tuple(left_out))
-
-    def _ranges(
-        self, visit: list[Piece], unmasked: list[Piece], left_out: tuple[Expr, ...]
-    ) -> tuple[Ranges, tuple[Note, ...]]:
-        notes: list[Note] = []
         some = self.merger.union(visit, MOST)
         every = self.merger.union(unmasked, MOST)
-        complete = not left_out and some is not None and every is not None
+        notes: tuple[Note, ...] = ()
         if some is None or every is None:
             text = f"more than {MOST} segments of {self.position.name}: one hull around them"
-            notes.append(Note("infer_ranges", text))
+            notes = (Note("infer_ranges", text),)
+            left_out[mask] = None
         if some is None:
             some = (self.merger.hull(visit),)
-        return Ranges(some, every or (), complete, left_out), tuple(notes)
+        return Ranges(some, every or (), not left_out, tuple(left_out)), notes
 
     def _conjunct(self, conjunct: Conjunct) -> tuple[Piece, Piece, list[Expr]]:
         visit, unmasked = Piece(), Piece()

@@ -392,9 +392,12 @@ def _mod(on: Bounder, node: Apply, args: list[Interval]) -> Interval:
     loose = Interval(low, high)
     if node.kind is Kind.FLOAT:
         return _choose(on, _nonzero(on, y), loose, point(NAN))
-    if not y.exact or x.lo is None or x.hi is None:
+    if x.lo is None or x.hi is None:
         return loose
-    steady = on.make(ops.EQ, on.make(ops.FLOORDIV, x.lo, y.lo), on.make(ops.FLOORDIV, x.hi, y.lo))
+    quotients = [on.make(ops.FLOORDIV, end, y.lo) for end in (x.lo, x.hi)]
+    steady = on.make(ops.EQ, *quotients)
+    if not y.exact:
+        steady = on.make(ops.AND, on.make(ops.EQ, y.lo, y.hi), steady)
     inside = Interval(on.make(ops.MOD, x.lo, y.lo), on.make(ops.MOD, x.hi, y.lo))
     return _choose(on, steady, inside, loose)
 

@@ -42,11 +42,14 @@ class Merger:
     def hull(self, pieces: Sequence[Piece]) -> Segment:
         """One segment around all pieces."""
         segments = [self._segment(self._tidy(p)) for p in pieces if p.guard != FALSE]
-        result = segments[0] if segments else Segment(ZERO, ZERO)
+        if not segments:
+            return Segment(ZERO, ZERO)
+        lo, hi = segments[0].lo, segments[0].hi
         for other in segments[1:]:
-            lo = self.make(ops.MIN, result.lo, other.lo)
-            result = Segment(lo, self.make(ops.MAX, result.hi, other.hi))
-        return result
+            lo = self.make(ops.MIN, lo, other.lo)
+            hi = self.make(ops.MAX, hi, other.hi)
+        # An empty segment may lie beyond the end.
+        return Segment(lo, self.make(ops.MIN, hi, self.length))
 
     def _segment(self, piece: Piece) -> Segment:
         lo = self._lo(piece)
@@ -89,6 +92,8 @@ class Merger:
         """One piece for both: contained, with the same start, or with the same end."""
         if self._contains(one, two):
             return one
+        if self._contains(two, one):
+            return two
         if set(one.lows) == set(two.lows):
             return self._same_start(one, two)
         if set(one.highs) == set(two.highs) and TRUE in (one.guard, two.guard):

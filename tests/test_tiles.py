@@ -1,0 +1,98 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attncc.binding import Binding
+from attncc.ir.program import Program
+from attncc.passes import analyze
+from attncc.tiles import EMPTY, FULL, PARTIAL, BoundPlan
+from tests import strategies
+from tests.cases import bindings, dense_mask, dense_tiles
+
+TILES = st.tuples(st.sampled_from((1, 3, 4, 8, 16)), st.sampled_from((1, 2, 4, 8, 16)))
+
+
+def program_of(mask) -> Program:
+    return Program("random", strategies.PARAMS, mask=mask)
+
+
+@pytest.mark.fuzz
+@given(strategies.bools(3, exact=False), bindings(), TILES)
+def test_no_tile_is_misjudged(mask, binding: Binding, tile) -> None:
+    classes = BoundPlan(analyze(program_of(mask)), binding, tile).classify()
+    if 0 in (binding.q_len, binding.kv_len):
+        assert classes.numel() == 0
+        return
+    for dtype in (torch.float64, torch.float32):
+        dense = dense_tiles(dense_mask(mask, binding, dtype), tile)
+        classes = classes.expand(dense.some.shape)
+        assert not (dense.some & (classes == EMPTY)).any()
+        assert not (~dense.every & (classes == FULL)).any()
+
+
+@pytest.mark.fuzz
+@given(strategies.bools(3, exact=False), bindings(shortest=1), TILES)
+def test_ranges_hold(mask, binding: Binding, tile) -> None:
+    plan = analyze(program_of(mask))
+    keep = dense_mask(mask, binding)
+    bound = BoundPlan(plan, binding, tile)
+    check_segments(bound.key_segments(), keep, tile[0])
+    check_segments(bound.query_segments(), keep.transpose(2, 3), tile[1])
+
+
+def check_segments(table, keep, block: int) -> None:
+    length = keep.shape[3]
+    for number, rows in enumerate(keep.split(block, 2)):
+        visit = union(table.visit_lo, table.visit_hi, number, length)
+        assert not (rows.any(2) & ~visit).any()
+        unmasked = union(table.unmasked_lo, table.unmasked_hi, number, length)
+        assert not (~rows.all(2) & unmasked).any()
+
+
+def union(lo, hi, number: int, length: int):
+    """bool [B|1, H|1, length] of positions in a tile's segments, which lie within the length."""
+    lo, hi = lo[:, :, number], hi[:, :, number]
+    assert ((hi <= lo) | ((lo >= 0) & (hi <= length))).all()
+    at = torch.arange(length)[:, None]
+    return ((at >= lo[:, :, None]) & (at < hi[:, :, None])).any(-1)
+
+
+@pytest.mark.fuzz
+@given(strategies.bools(2), bindings(), TILES)
+def test_counts_and_lists_follow_the_classes(mask, binding: Binding, tile) -> None:
+    bound = BoundPlan(analyze(program_of(mask)), binding, tile)
+    classes = bound.classify()
+    copies = binding.batch * binding.heads // (classes.shape[0] * classes.shape[1])
+    counted = [int((classes == c).sum()) * copies for c in (FULL, PARTIAL, EMPTY)]
+    assert [bound.counts.full, bound.counts.partial, bound.counts.empty] == counted
+    lists = bound.key_lists()
+    demoted = classes.clone()
+    if binding.kv_len % tile[1]:
+        demoted[..., -1].clamp_(max=PARTIAL)
+    check_lists(lists, demoted)
+    check_lists(bound.query_lists(), classes.transpose(2, 3))
+
+
+def check_lists(lists, classes) -> None:
+    assert lists.index.dtype == torch.int16
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in classes.shape[:3])).tolist():
+        row, index = classes[tuple(at)], lists.index[tuple(at)]
+        full, partial = (row == FULL).nonzero()[:, 0], (row == PARTIAL).nonzero()[:, 0]
+        assert lists.full_count[tuple(at)] == len(full)
+        assert lists.partial_count[tuple(at)] == len(partial)
+        assert index[: len(full)].tolist() == full.tolist()
+        assert index[len(index) - len(partial) :].tolist() == partial.tolist()
+
+
+@pytest.mark.fuzz
+@given(strategies.bools(2), bindings(shortest=1), TILES)
+def test_exact_counts_and_density_are_the_dense_ones(mask, binding: Binding, tile) -> None:
+    bound = BoundPlan(analyze(program_of(mask)), binding, tile)
+    keep = dense_mask(mask, binding)
+    dense = dense_tiles(keep, tile)
+    exact = bound.exact_counts()
+    assert exact.full == int(dense.every.sum())
+    assert exact.partial == int((dense.some & ~dense.every).sum())
+    assert bound.density.exact
+    assert float(bound.density) == pytest.approx(keep.double().mean().item())
