@@ -204,3 +204,33 @@ def test_doctor_says_what_there_is():
 def test_doctor_finds_a_mistyped_variable(monkeypatch):
     monkeypatch.setenv("ATTNCC_DEBGU", "1")
     assert "ATTNCC_DEBGU" in succeed("doctor")
+
+
+# -- run, tune, bench
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.attn")), ids=lambda path: path.stem)
+def test_run_checks_every_example(path):
+    text = succeed("run", path, "--q-len", 200, "--device", "cpu", "--no-peers")
+    assert "  ok\n" in text
+    assert "attncc  " in text and " ms" in text
+
+
+def test_run_names_the_documents_it_packed():
+    assert ".py (" in succeed("run", PACKED, "--q-len", 300, "--device", "cpu", "--no-peers")
+
+
+def test_bench_prints_a_row_for_everyone(monkeypatch):
+    monkeypatch.setattr("attncc.peers.flex", lambda problem: "left out of this test")
+    text = succeed("bench", STREAMING, "--lengths", "64,128", "--device", "cpu", "--json")
+    rows = list(map(json.loads, text.splitlines()))
+    assert [row["length"] for row in rows] == [64] * 3 + [128] * 3
+    assert all(row["forward_ms"] > 0 and row["backward_tflops"] > 0 for row in rows[:2])
+    assert rows[2]["why"] == "left out of this test"
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()")
+def test_tune_and_cuda_say_that_there_is_no_gpu():
+    for command in ("tune", "run"):
+        args = (command, STREAMING, *(["--device", "cuda"] if command == "run" else []))
+        assert "there is no cuda\n    `attncc doctor`" in fail(*args)

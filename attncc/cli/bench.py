@@ -19,7 +19,7 @@ FLOPS_A_PAIR = 4
 
 
 @click.command()
-@options(q_len=4096)
+@options(q_len=4096, heads=4)
 @click.option(
     "--lengths", metavar="N,N,...", help="Several query and key lengths, one after another."
 )

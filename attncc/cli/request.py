@@ -40,15 +40,15 @@ class Request:
         return {**self.scalars, **self.captured.tensors}
 
 
-def options(q_len: int) -> Callable[[F], F]:
-    """Adds the options that `request` reads; `q_len` is the length when none is given."""
+def options(q_len: int, heads: int = 1) -> Callable[[F], F]:
+    """Adds the options that `request` reads; `q_len` and `heads` hold where none are given."""
     added = [
         click.argument("file", type=click.Path(path_type=Path)),
         click.option("--name", help="Which program, where FILE holds several."),
         click.option("--q-len", type=LENGTH, default=q_len, show_default=True, help="Queries."),
         click.option("--kv-len", type=LENGTH, help="Keys.  [default: as many as queries]"),
         click.option("--batch", type=COUNT, default=1, show_default=True, help="Sequences."),
-        click.option("--heads", type=COUNT, default=1, show_default=True, help="Query heads."),
+        click.option("--heads", type=COUNT, default=heads, show_default=True, help="Query heads."),
         click.option("--kv-heads", type=COUNT, help="Key heads.  [default: as many as heads]"),
         click.option("--head-dim", type=COUNT, default=64, show_default=True, help="Of q and k."),
         click.option(
@@ -102,13 +102,10 @@ def request(
 
 def bound_plan(call: Request, tile: tuple[int, int]) -> BoundPlan:
     """The plan of a request, with its tiles."""
-    from attncc.binding import bind_lengths
-    from attncc.passes import analyze
-    from attncc.tiles import BoundPlan
+    import attncc
 
-    sizes = call.lengths.sizes()
-    binding = bind_lengths(call.program, **sizes, arguments=call.arguments)
-    return BoundPlan(analyze(call.program), binding, tile)
+    sizes: dict[str, Any] = call.lengths.sizes()
+    return attncc.compile(call.program).plan(**sizes, tile=tile, **call.arguments)
 
 
 DTYPES = ("bf16", "fp16", "fp32")

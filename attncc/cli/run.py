@@ -19,7 +19,7 @@ TRIES = 2.0
 
 
 @click.command()
-@options(q_len=4096)
+@options(q_len=4096, heads=4)
 @click.option("--dtype", type=click.Choice(DTYPES), help="[default: by device]")
 @click.option("--device", help="cuda or cpu.  [default: the best there is]")
 @click.option("--peers/--no-peers", default=True, help="Time torch's SDPA and FlexAttention too.")
