@@ -38,7 +38,7 @@ def in_log2_units(score: Expr) -> Expr:
 
 
 def uniform(expr: Expr) -> bool:
-    """Whether one value serves a whole tile: nothing in it varies with q_idx, kv_idx or the score."""
+    """Whether one value serves a whole tile: nothing varies with q_idx, kv_idx or the score."""
     return not axes(expr) & (Axis.Q | Axis.KV)
 
 

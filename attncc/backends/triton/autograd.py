@@ -13,7 +13,7 @@ from attncc.backends.triton.launch import Run
 
 
 def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Q, Dv] and lse [B, Hq, Q] float32, differentiable in q, k, v and captured tensors."""
+    """out [B, Hq, Q, Dv] and lse [B, Hq, Q] float32; differentiable, captured tensors included."""
     names = tuple(t.name for t in run.bound.plan.program.tensors if t.grad)
     captured = [run.bound.binding.tensors[name] for name in names]
     result: tuple[Tensor, Tensor] = _Attention.apply(run, names, q, k, v, *captured)

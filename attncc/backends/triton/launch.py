@@ -16,6 +16,7 @@ from attncc.backends.triton.configs import Config, Shape, Traits, default, padde
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lower import Gradient, Reduction, lower
 from attncc.backends.triton.sections import Spec
+from attncc.binding import Binding
 from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import TRUE, Axis, Score
 from attncc.ir.plan import Blocks, Order, Plan
@@ -62,6 +63,14 @@ class Run:
         if self.configs and kernel in self.configs:
             return self.configs[kernel]
         return default(kernel, shape_of(q, v), traits(self.bound.plan))
+
+
+def scale_of(plan: Plan, binding: Binding) -> float:
+    """The factor that makes scores of products; worked out on the host."""
+    expr = plan.program.scale
+    if expr is None:
+        return 1.0 / math.sqrt(max(binding.head_dim, 1))
+    return float(evaluate_unchecked(expr, Env({}, binding.scalars, dtype=torch.float64)))
 
 
 def traits(plan: Plan) -> Traits:
@@ -220,7 +229,7 @@ def launch(kernel: Kernel, grid: tuple[int, ...], values: Values, config: Config
 
 
 def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Q, Dv] laid out as q is, and lse [B, Hq, Q] float32 (unwritten if not softmax)."""
+    """out [B, Hq, Q, Dv] laid out as q is, and lse [B, Hq, Q] float32, unwritten if not softmax."""
     q, k, v = map(unit_rows, (q, k, v))
     spec = run.spec(q, k, v)
     config = run.config("forward", q, v)

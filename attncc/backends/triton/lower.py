@@ -48,7 +48,7 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """Expressions over Score() as the raw q . k, and everything the kernels' arguments follow from."""
+    """Expressions over Score() as the raw q . k, and all that kernel arguments follow from."""
 
     plan: Plan
     mask: Expr | None
@@ -70,7 +70,7 @@ class Lowering:
 
     @property
     def plain(self) -> bool:
-        """The score is q . k * scale with a scale known to be positive, so it may follow the max."""
+        """The score is q . k times a scale known to be positive, which may follow the maximum."""
         return self.softmax and self.plan.score == Score() and self.plan.program.scale is None
 
 

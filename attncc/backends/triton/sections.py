@@ -70,7 +70,7 @@ class Function:
 
 
 CONSTEXPRS = ("MASKED", "FIXED_POINT", "HAS_DLSE", "GROUP", "HEAD_DIM", "VALUE_DIM")
-CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV")
+CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "CHUNK", "WIDTH")
 
 
 def define(name: str, args: Sequence[str], body: str, *, kernel: bool = False) -> Function:
@@ -193,7 +193,8 @@ def which_tile(order: Order, rows: str) -> str:
         case Order.REVERSED:
             tile = f"{rows}_tiles - 1 - {rank}"
         case Order.BY_WORK:
-            tile = f"tl.load(order_ptr + b * order_stride_b + h * order_stride_h + {rank}).to(tl.int32)"
+            at = f"order_ptr + b * order_stride_b + h * order_stride_h + {rank}"
+            tile = f"tl.load({at}).to(tl.int32)"
         case _:
             tile = rank
     return f"""\
@@ -336,7 +337,7 @@ def _partial(
     gaps: Sequence[tuple[str | None, str | None]],
     lines: list[str],
 ) -> tuple[list[str], str]:
-    """First tiles of the partial pieces, and their total count; adds the lines that compute them."""
+    """First tiles of the partial pieces, and their total count; adds lines that compute them."""
     starts: list[str] = []
     total = ""
     pieces = [(v, g) for g in gaps for v in visit]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -198,11 +199,20 @@ class Names:
 class Printer:
     """Prints the expressions of one kernel file and remembers which helpers they need."""
 
-    def __init__(self, names: Names, proved: frozenset[Expr], ptx: bool = False) -> None:
+    def __init__(
+        self, names: Names, proved: frozenset[Expr], ptx: bool = False, bounds: bool = False
+    ) -> None:
+        """bounds: for expressions that bound others, whose ints take 64 bits, and whose nan means
+        that nothing is known, so that min and max must keep it."""
         self.names = names
         self.proved = proved
         self.ptx = ptx
+        self.bounds = bounds
         self.helpers: set[str] = set()
+
+    @property
+    def int_type(self) -> str:
+        return "tl.int64" if self.bounds else "tl.int32"
 
     def body(self, outputs: Sequence[Expr]) -> tuple[list[str], list[str]]:
         """Assignments for shared and long subexpressions, and the text of each output."""
@@ -309,7 +319,10 @@ class _Body:
         name = _CALLS[op]
         if name in HELPERS:
             self.printer.helpers.add(name)
-        return f"{name}({', '.join(self._number(expr, a, 0) for a in args)})", P_ATOM
+        parts = [self._number(expr, a, 0) for a in args]
+        if self.printer.bounds and op in (ops.MIN, ops.MAX) and expr.kind is Kind.FLOAT:
+            parts.append("propagate_nan=tl.PropagateNan.ALL")
+        return f"{name}({', '.join(parts)})", P_ATOM
 
     def _number(self, expr: Apply, arg: Expr, precedence: int) -> str:
         """An argument, as a float where the operator computes in floats."""
@@ -357,13 +370,13 @@ class _Body:
         (x,) = expr.args
         if kind(x) is Kind.INT:
             return self._print(x)
-        return f"tl.floor({self.text(x)}).to(tl.int32)", P_ATOM
+        return f"tl.floor({self.text(x)}).to({self.printer.int_type})", P_ATOM
 
     def _int(self, expr: Apply) -> tuple[str, int]:
         (x,) = expr.args
         if kind(x) is Kind.INT:
             return self._print(x)
-        return f"{_atom(self._at(x, P_ATOM))}.to(tl.int32)", P_ATOM
+        return f"{_atom(self._at(x, P_ATOM))}.to({self.printer.int_type})", P_ATOM
 
     def _float(self, expr: Apply) -> tuple[str, int]:
         (x,) = expr.args
@@ -388,7 +401,7 @@ _SPECIAL: dict[Op, Callable[[_Body, Apply], tuple[str, int]]] = {
 
 
 def _scattered(load: Load) -> bool:
-    """Whether neighbouring pairs read through one index of both positions, such as q_idx - kv_idx."""
+    """Whether pairs read through one index of both positions, such as q_idx - kv_idx."""
     pair = Axis.Q | Axis.KV
     return any(axes(index) & pair == pair for index in load.at)
 
@@ -411,7 +424,7 @@ def _closed(text: str) -> bool:
 
 
 def _literal(value: bool | int | float) -> tuple[str, int]:
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")', P_ATOM
     return repr(value), P_UNARY if value < 0 else P_ATOM
 
