@@ -39,7 +39,7 @@ class Problem:
         scalars = {n: x for n, x in self.arguments.items() if n not in names}
         tensors = {n: x for n, x in self.arguments.items() if n in names}
         group = self.lengths.heads // self.lengths.kv_heads
-        env = Env(
+        env = _Traced(
             positions={**positions, "kv_head": positions["h"] // group},
             scalars={**defaults, **scalars, **self.lengths.sizes()},
             tensors=tensors,
@@ -54,6 +54,14 @@ class Problem:
             return None
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         return float(self.value(self.program.scale, {"h": zero}, None))
+
+
+class _Traced(Env):
+    """Constants as operations: torch.compile cannot lower tensors that a mod makes of numbers."""
+
+    def number(self, value: bool | int | float) -> Tensor:
+        kinds = {bool: torch.bool, int: torch.int64, float: self.dtype}
+        return torch.full((), value, dtype=kinds[type(value)], device=self.device)
 
 
 Maker = Callable[[Problem], Call | str]
