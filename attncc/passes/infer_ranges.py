@@ -65,9 +65,9 @@ class _Finder:
         unmasked: list[Piece] = []
         left_out: dict[Expr, None] = {}
         for conjunct in conjuncts:
-            some, every, loose = self._conjunct(conjunct)
-            visit.append(some)
-            unmasked.append(every)
+            outer, inner, loose = self._conjunct(conjunct)
+            visit.append(outer)
+            unmasked.append(inner)
             left_out |= dict.fromkeys(loose)
         some = self.merger.union(visit, MOST)
         every = self.merger.union(unmasked, MOST)

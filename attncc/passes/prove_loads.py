@@ -8,9 +8,12 @@ from attncc.ir import ops
 from attncc.ir.expr import SIZES, Const, Dim, Expr, Load, Scalar, apply
 from attncc.ir.plan import Note, Plan
 from attncc.ir.rewrite import postorder
-from attncc.passes.facts import FACTS
+from attncc.passes.facts import Facts
 
 BY_NAME = {size.name: size for size in SIZES}
+
+IN_A_PAIR = Facts(frozenset(map(Scalar, SIZES)))
+"""Where anything is read there is a pair, so no size is 0."""
 
 
 def prove_loads(plan: Plan) -> Plan:
@@ -36,4 +39,4 @@ def _within(at: Expr, dim: Dim) -> bool:
     if isinstance(dim, str) and dim not in BY_NAME:
         return False
     size: Expr = Const(dim) if isinstance(dim, int) else Scalar(BY_NAME[dim])
-    return FACTS.at_most(apply(ops.ADD, at, Const(1)), size) and FACTS.nonnegative(at)
+    return IN_A_PAIR.at_most(apply(ops.ADD, at, Const(1)), size) and IN_A_PAIR.nonnegative(at)
