@@ -49,7 +49,7 @@ class _Attention(torch.autograd.Function):
         groups = schedule(bound)
         problem = Problem.of(bound, dict(zip(names, captured, strict=True)), groups, q, k, v)
         out, lse = forward(problem)
-        rounded = out.to(q.dtype).view(*q.shape[:3], -1)
+        rounded = out.to(q.dtype).view(*q.shape[:3], v.shape[-1])
         lse = lse.view(q.shape[:3])
         ctx.bound, ctx.names, ctx.groups = bound, names, groups
         ctx.save_for_backward(q, k, v, rounded, lse, *captured)
