@@ -63,8 +63,8 @@ def test_light_commands_start_quickly(args):
         after = os.times()
         return sum(after[2:4]) - sum(before[2:4])
 
-    # Processor time, since others may be at work on this machine; 0.1 and 0.2 s where it is idle.
-    assert min(seconds() for _ in range(3)) < 0.45
+    # 0.1 and 0.25 s on an idle machine; with importing torch it would be 2 s, on a busy one more.
+    assert min(seconds() for _ in range(3)) < 0.7
 
 
 def test_a_mistake_ends_the_process_with_code_1(tmp_path):
