@@ -403,14 +403,12 @@ def _add_sink(run: Run, captured: dict[str, Tensor], lse: Tensor, delta: Tensor)
         env = Env(
             env.positions, binding.scalars, {**binding.tensors, **leaves}, device=binding.device
         )
-        sink = evaluate_unchecked(program.sink, env)
+        sink = evaluate_unchecked(program.sink, env).expand(*lse.shape[:2], 1)
     if not sink.requires_grad:
         return
     probability = torch.where(lse == -math.inf, 0.0, torch.exp(sink.detach() - lse))
-    dsink = -(probability * delta).sum(-1, keepdim=True).expand(*lse.shape[:2], 1)
-    grads = torch.autograd.grad(
-        sink.expand(dsink.shape), list(leaves.values()), dsink, allow_unused=True
-    )
+    dsink = -(probability * delta).sum(-1, keepdim=True)
+    grads = torch.autograd.grad(sink, list(leaves.values()), dsink, allow_unused=True)
     for name, grad in zip(leaves, grads, strict=True):
         if grad is not None:
             captured[name] = captured[name] + grad if name in captured else grad

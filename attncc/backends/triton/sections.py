@@ -76,6 +76,8 @@ CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "CHUNK", "WIDTH")
 def define(name: str, args: Sequence[str], body: str, *, kernel: bool = False) -> Function:
     """A function with those of `args` that its body names, constexprs last."""
     words = set(re.findall(r"\w+", body))
+    if kernel:
+        words.discard("kv_head")  # which a kernel works out
     own = tuple(a for a in dict.fromkeys((*args, *CONSTEXPRS)) if a in words)
     typed = [f"{a}: tl.constexpr" if a in CONSTEXPRS else a for a in own]
     head = call(f"def {name}", typed, ":")
