@@ -115,6 +115,22 @@ class Attention:
 
         Raises ArgumentError, BoundsError, UnsupportedError.
         """
+        call = self._call
+        if torch.compiler.is_compiling():  # one graph break: kernels are chosen by values
+            call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        return call(q, k, v, params, return_lse, plan, backend, deterministic)
+
+    def _call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        params: Mapping[str, object],
+        return_lse: bool,
+        plan: BoundPlan | None,
+        backend: str | None,
+        deterministic: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         self._check_lse(return_lse)
         q, k, v = _autocast(q, k, v)
         bound = self._bound(q, k, v, params, plan)

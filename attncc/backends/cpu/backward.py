@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from attncc.backends.cpu import workers
 from attncc.backends.cpu.block import Block, Problem
-from attncc.backends.cpu.forward import Buffers, raw_scores, sink_of, unnormalized
+from attncc.backends.cpu.forward import SMALL, Buffers, raw_scores, sink_of, unnormalized
 from attncc.ir.derivative import ONE, ZERO, derivative
 from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import Expr, Load, Score, walk
 from attncc.ir.program import Normalize
+
+PRIVATE = 1 << 28
+"""Elements that all workers' own sums may take: 1 GiB of float32."""
 
 
 @dataclass
@@ -38,16 +45,69 @@ class Saved:
 
 def backward(problem: Problem, saved: Saved, wanted: frozenset[str]) -> Gradients:
     """Gradients of out and lse with respect to q, k, v and the captured tensors wanted."""
-    captured = {name: problem.q.new_zeros(problem.tensors[name].shape) for name in wanted}
-    q, k, v = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
-    grads = Gradients(q, k, v, captured)
     delta = (saved.out * saved.dout).sum(-1)
     if saved.dlse is not None:
         delta = (delta - saved.dlse).masked_fill_(saved.lse == -math.inf, 0)
-    worker = _Worker(problem, saved, delta, grads)
-    for block in problem.blocks(copies=2):
+    shares = _shares(problem, wanted)
+    parts = _parts(problem, wanted, shares)
+    tasks = [
+        partial(_work, _Worker(problem, saved, delta, part), share)
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    workers.run(tasks)
+    return _sum(parts)
+
+
+def _work(worker: _Worker, blocks: Sequence[Block]) -> None:
+    for block in blocks:
         worker.add(block)
-    return grads
+
+
+# -- sharing out the work
+
+
+def _shares(problem: Problem, wanted: frozenset[str]) -> list[list[Block]]:
+    """Each worker's blocks: of rows of its own, or where rows are few every so-many-th of all.
+
+    The same blocks whatever thread is faster, so that sums come out the same each time.
+    """
+    rows, count = len(problem.q), workers.threads()
+    everything = list(problem.blocks())
+    if sum(block.size for block in everything) < SMALL:
+        return [everything]
+    copied = sum(problem.tensors[name].numel() for name in wanted)
+    count = min(count, max(1, PRIVATE // max(copied, 1)))
+    if rows < count:
+        copied += problem.k.numel() + problem.v.numel()
+        count = min(count, max(rows, PRIVATE // copied))
+    if rows < count:
+        return [everything[at::count] for at in range(count)]
+    edges = [rows * at // count for at in range(count + 1)]
+    return [list(problem.blocks(ends)) for ends in pairwise(edges)]
+
+
+def _parts(problem: Problem, wanted: frozenset[str], shares: list[list[Block]]) -> list[Gradients]:
+    """Where each worker adds: the same sums where workers have rows of their own."""
+    own_rows = len(shares) <= len(problem.q)
+    q, k, v = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
+    parts = []
+    for at in range(len(shares)):
+        if at and not own_rows:
+            k, v = torch.zeros_like(k), torch.zeros_like(v)
+        captured = {name: q.new_zeros(problem.tensors[name].shape) for name in wanted}
+        parts.append(Gradients(q, k, v, captured))
+    return parts
+
+
+def _sum(parts: list[Gradients]) -> Gradients:
+    total, *others = parts
+    for part in others:
+        for into, more in ((total.k, part.k), (total.v, part.v)):
+            if into is not more:
+                into += more
+        for name, grad in part.captured.items():
+            total.captured[name] += grad
+    return total
 
 
 class _Worker:

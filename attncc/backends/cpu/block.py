@@ -16,8 +16,8 @@ from attncc.ir.expr import Expr, Score
 from attncc.ir.program import Normalize
 from attncc.tiles import BoundPlan
 
-BUDGET = 8 << 20
-"""Bytes of scores computed at once; 1 to 8 MiB measured alike on 2 cores with 2 MiB of L2 each."""
+BUDGET = 1 << 20
+"""Bytes of scores computed at once, where one strip of one head is less: about half a core's L2."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,21 @@ class Problem:
         }
         return Env(positions, binding.scalars, self.tensors, dtype=self.q.dtype)
 
-    def blocks(self, copies: int) -> Iterator[Block]:
-        """All blocks, sized so that `copies` buffers of scores fit the budget."""
+    def blocks(self, rows: Interval | None = None) -> Iterator[Block]:
+        """All blocks of a range of rows, by default of all; each fits the budget if it can."""
+        first, last = (0, len(self.q)) if rows is None else rows
         for group in self.groups:
+            own = max(first, group.rows[0]), min(last, group.rows[1])
             for strip in group.strips:
-                if strip.runs:
-                    yield from self._blocks(group, strip, copies)
+                if strip.runs and own[0] < own[1]:
+                    yield from self._blocks(group, strip, own)
 
-    def _blocks(self, group: Group, strip: Strip, copies: int) -> Iterator[Block]:
+    def _blocks(self, group: Group, strip: Strip, rows: Interval) -> Iterator[Block]:
         members = group.members[1] - group.members[0]
         queries = members * (strip.stop - strip.start)
-        one = queries * strip.width * self.q.element_size() * copies
-        step = max(1, BUDGET // one)
-        for start in range(*group.rows, step):
-            rows = start, min(start + step, group.rows[1])
-            yield Block(self, strip, rows, group.members)
+        step = max(1, BUDGET // (queries * strip.width * self.q.element_size()))
+        for start in range(*rows, step):
+            yield Block(self, strip, (start, min(start + step, rows[1])), group.members)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,11 @@ class Block:
             start += len(run)
 
     @property
+    def size(self) -> int:
+        """Pairs computed."""
+        return math.prod(self.shape)
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         rows, members = self.rows[1] - self.rows[0], self.members[1] - self.members[0]
         return rows, members, self.strip.stop - self.strip.start, self.strip.width
@@ -150,7 +155,7 @@ class Block:
 
     def products(self, left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
         """left [rows, R, C] . right [N, KV, C] over all runs, as [rows, members, queries, W]."""
-        result = buffer[: math.prod(self.shape)].view(left.shape[0], -1, self.strip.width)
+        result = buffer[: self.size].view(left.shape[0], -1, self.strip.width)
         for run, columns in self.runs():
             torch.bmm(left, self.keys(right, run).transpose(1, 2), out=result[..., columns])
         return result.view(self.shape)

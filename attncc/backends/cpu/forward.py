@@ -7,9 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from attncc.backends.cpu import workers
 from attncc.backends.cpu.block import Block, Problem
 from attncc.ir.evaluate import evaluate_unchecked
 from attncc.ir.program import Normalize
+
+SMALL = 1 << 17
+"""Pairs that are computed before other threads have woken up."""
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -17,16 +21,31 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q, v = problem.q, problem.v
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], -math.inf)
-    buffers = Buffers(q)
-    for block in problem.blocks(copies=1):
-        scores = block.modified(raw_scores(block, buffers("scores", block)))
-        if problem.softmax:
-            total = _softmax(block, block.drop(scores, -math.inf), lse)
-            mixed = _mix(block, scores).div_(total)
-        else:
-            mixed = _mix(block, unnormalized(block, scores))
-        block.queries(out).copy_(mixed)
+    todo = sorted(problem.blocks(), key=lambda block: block.size)
+
+    def work() -> None:
+        buffers = Buffers(q)
+        while True:
+            try:
+                block = todo.pop()  # heaviest first
+            except IndexError:
+                return
+            _attend(block, buffers, out, lse)
+
+    small = sum(block.size for block in todo) < SMALL
+    workers.run([work] * (1 if small else min(workers.threads(), len(todo))))
     return out, lse
+
+
+def _attend(block: Block, buffers: Buffers, out: Tensor, lse: Tensor) -> None:
+    """Fills a block's part of out and lse."""
+    scores = block.modified(raw_scores(block, buffers("scores", block)))
+    if block.problem.softmax:
+        total = _softmax(block, block.drop(scores, -math.inf), lse)
+        mixed = _mix(block, scores).div_(total)
+    else:
+        mixed = _mix(block, unnormalized(block, scores))
+    block.queries(out).copy_(mixed)
 
 
 class Buffers:
@@ -37,9 +56,8 @@ class Buffers:
         self.kept: dict[str, Tensor] = {}
 
     def __call__(self, name: str, block: Block) -> Tensor:
-        size = math.prod(block.shape)
-        if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = self.like.new_empty(size)
+        if name not in self.kept or self.kept[name].numel() < block.size:
+            self.kept[name] = self.like.new_empty(block.size)
         return self.kept[name]
 
 
