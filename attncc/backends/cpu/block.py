@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -12,12 +12,18 @@ from torch import Tensor
 
 from attncc.backends.cpu.schedule import Group, Interval, Run, Strip
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
-from attncc.ir.expr import Expr, Score
+from attncc.ir.expr import Axis, Expr, Score, axes
 from attncc.ir.program import Normalize
 from attncc.tiles import BoundPlan
 
 BUDGET = 1 << 20
 """Bytes of scores computed at once, where one strip of one head is less: about half a core's L2."""
+
+
+STRIPS = 4
+"""Strips whose masks are kept for other heads."""
+
+Dropped = tuple[tuple[slice, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Problem:
     q: Tensor
     k: Tensor
     v: Tensor
+    kept: dict[int, Dropped] = field(default_factory=dict)
+    """Masks by their strip's start."""
 
     @staticmethod
     def of(
@@ -161,8 +169,19 @@ class Block:
         return result.view(self.shape)
 
     @cached_property
-    def dropped(self) -> tuple[tuple[slice, Tensor], ...]:
+    def dropped(self) -> Dropped:
         """Columns that need the mask, and where it drops pairs."""
+        problem = self.problem
+        if axes(problem.bound.plan.mask) & (Axis.B | Axis.H):
+            return self._dropped()
+        known = problem.kept.get(self.strip.start)
+        if known is None:
+            known = problem.kept[self.strip.start] = self._dropped()
+            if len(problem.kept) > STRIPS:  # blocks of one strip come one after the other
+                problem.kept.pop(next(iter(problem.kept)), None)
+        return known
+
+    def _dropped(self) -> Dropped:
         mask = self.problem.bound.plan.mask
         found = []
         for run, columns in self.runs():
