@@ -14,8 +14,13 @@ from attncc.ir.expr import Expr
 
 
 @st.composite
-def bindings(draw: st.DrawFn, shortest: int = 0, longest: int = 40) -> Binding:
-    """Values for strategies.PARAMS; 1 <= q_len <= kv_len where `shortest` is 1."""
+def bindings(
+    draw: st.DrawFn, shortest: int = 0, longest: int = 40, poison: bool = False
+) -> Binding:
+    """Values for strategies.PARAMS; 1 <= q_len <= kv_len where `shortest` is 1.
+
+    poison: floats may be nan and inf.
+    """
     kv_len = draw(st.integers(shortest, longest))
     q_len = draw(st.integers(shortest, kv_len if shortest else longest))
     batch = draw(st.integers(1, 2))
@@ -36,6 +41,9 @@ def bindings(draw: st.DrawFn, shortest: int = 0, longest: int = 40) -> Binding:
         "bias": torch.randn((heads, 5), generator=rng),
         "slope": torch.randn((heads,), generator=rng),
     }
+    if poison:
+        bad = draw(st.sampled_from((0.0, torch.nan, torch.inf, -torch.inf)))
+        tensors["bias"][torch.rand((heads, 5), generator=rng) < 0.3] = bad
     return Binding(
         **sizes,
         q_len=q_len,

@@ -34,11 +34,11 @@ class Env:
     device: torch.device | str = "cpu"
 
     def number(self, value: bool | int | float) -> Tensor:
-        """A 0-d tensor of the value's kind."""
+        """A 0-d tensor of the value's kind, filled on the device: a copy would wait for it."""
         if isinstance(value, bool):
-            return torch.tensor(value, device=self.device)
+            return torch.full((), value, dtype=torch.bool, device=self.device)
         dtype = torch.int64 if isinstance(value, int) else self.dtype
-        return torch.tensor(value, dtype=dtype, device=self.device)
+        return torch.full((), value, dtype=dtype, device=self.device)
 
 
 def evaluate(expr: Expr, env: Env, guard: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from attncc.ir.expr import (
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Note, Plan, Summary, TileTest
 from attncc.ir.rewrite import Rewriter, postorder
-from attncc.passes.intervals import Bounder, Interval
+from attncc.passes.intervals import NAN, Bounder, Interval, bounded
 from attncc.passes.linear import Linear, difference
 from attncc.passes.monotone import direction
 from attncc.passes.precision import same_in_any_dtype
@@ -178,8 +178,17 @@ class _Finder:
         axis = axes(expr) & TOKENS
         if given == TRUE or axes(given) & TOKENS != axis:
             summary = self._summary(expr, axis)
-            return Interval(_read(summary.low, axis), _read(summary.high, axis))
-        return self._among(expr, axis, given)
+            return self._known(Interval(_read(summary.low, axis), _read(summary.high, axis)), given)
+        return self._known(self._among(expr, axis, given), given)
+
+    def _known(self, read: Interval, given: Expr) -> Interval:
+        """A float summary that is -inf to inf stands for nan too, which bounds nothing."""
+        low, high = read.lo, read.hi
+        if low is None or high is None or kind(low) is not Kind.FLOAT:
+            return read
+        known = bounded(self._bounder(given), low, high)
+        make = self.simplify.make
+        return Interval(make(ops.WHERE, known, low, NAN), make(ops.WHERE, known, high, NAN))
 
     def _among(self, expr: Expr, axis: Axis, given: Expr) -> Interval:
         """Bounds over the positions where `given` holds, by pushing the others out of the way."""

@@ -41,6 +41,7 @@ TINY = 1e-30
 """Widens floats around 0, where the relative margin is nothing."""
 
 NAN = Const(float("nan"))
+INFINITY = Const(float("inf"))
 ZERO = Const(0)
 ONE = Const(1)
 
@@ -295,7 +296,7 @@ def _corners(on: Bounder, op: Op, x: Interval, y: Interval) -> Interval:
 def _mul(on: Bounder, node: Apply, args: list[Interval]) -> Interval:
     x, y = args
     if node.args[0] == node.args[1]:
-        return _square(on, x)
+        return _square(on, node, x)
     for one, two, factor in ((x, y, y.lo), (y, x, x.lo)):
         if two.exact and factor is not None and _never_negative(on, factor):
             return Interval(_both(on, ops.MUL, one.lo, factor), _both(on, ops.MUL, one.hi, factor))
@@ -310,19 +311,21 @@ def _never_negative(on: Bounder, expr: Expr) -> bool:
     return on.facts.nonnegative(expr)
 
 
-def _square(on: Bounder, x: Interval) -> Interval:
-    inside = _magnitude(on, x)
+def _square(on: Bounder, node: Apply, x: Interval) -> Interval:
+    inside = _abs(on, node, [x])
     return _each(on, ops.MUL, [inside, inside])
 
 
 def _abs(on: Bounder, node: Apply, args: list[Interval]) -> Interval:
-    return _magnitude(on, args[0])
+    (x,) = args
+    if node.kind is Kind.FLOAT and (x.lo is None or x.hi is None):
+        return WHOLE  # it may be nan, which is not even at least 0
+    return _magnitude(on, x)
 
 
 def _magnitude(on: Bounder, x: Interval) -> Interval:
     """abs(x): at least 0, x.lo and -x.hi; at most the larger of -x.lo and x.hi."""
-    some = x.lo if x.lo is not None else x.hi
-    low: Expr = Const(0.0) if some is not None and kind(some) is Kind.FLOAT else ZERO
+    low: Expr = Const(0.0) if x.lo is not None and kind(x.lo) is Kind.FLOAT else ZERO
     below = None if x.hi is None else on.make(ops.NEG, x.hi)
     above = None if x.lo is None else on.make(ops.NEG, x.lo)
     for end in (x.lo, below):
@@ -376,7 +379,8 @@ def _float_floordiv(on: Bounder, x: Interval, y: Interval) -> Interval:
     if corners.lo is None or corners.hi is None:
         return WHOLE
     wider = Interval(on.make(ops.SUB, corners.lo, ONE), on.make(ops.ADD, corners.hi, ONE))
-    return _choose(on, _nonzero(on, y), wider, point(NAN))
+    safe = on.make(ops.AND, bounded(on, corners.lo, corners.hi), _nonzero(on, y))
+    return _choose(on, safe, wider, point(NAN))
 
 
 def _mod(on: Bounder, node: Apply, args: list[Interval]) -> Interval:
@@ -384,14 +388,12 @@ def _mod(on: Bounder, node: Apply, args: list[Interval]) -> Interval:
     x, y = args
     if y.lo is None or y.hi is None:
         return WHOLE
-    one = Const(1) if node.kind is Kind.INT else Const(0)  # a float may round up to y itself
-    positive = y.exact and on.facts.is_positive(y.lo) if node.kind is Kind.INT else False
-    low = ZERO if positive else on.make(ops.MIN, on.make(ops.ADD, y.lo, one), ZERO)
-    top = on.make(ops.SUB, y.hi, one)
-    high = top if positive else on.make(ops.MAX, top, ZERO)
-    loose = Interval(low, high)
     if node.kind is Kind.FLOAT:
-        return _choose(on, _nonzero(on, y), loose, point(NAN))
+        return _float_mod(on, x, y)
+    positive = y.exact and on.facts.is_positive(y.lo)
+    low = ZERO if positive else on.make(ops.MIN, on.make(ops.ADD, y.lo, ONE), ZERO)
+    top = on.make(ops.SUB, y.hi, ONE)
+    loose = Interval(low, top if positive else on.make(ops.MAX, top, ZERO))
     if x.lo is None or x.hi is None:
         return loose
     quotients = [on.make(ops.FLOORDIV, end, y.lo) for end in (x.lo, x.hi)]
@@ -400,6 +402,21 @@ def _mod(on: Bounder, node: Apply, args: list[Interval]) -> Interval:
         steady = on.make(ops.AND, on.make(ops.EQ, y.lo, y.hi), steady)
     inside = Interval(on.make(ops.MOD, x.lo, y.lo), on.make(ops.MOD, x.hi, y.lo))
     return _choose(on, steady, inside, loose)
+
+
+def _float_mod(on: Bounder, x: Interval, y: Interval) -> Interval:
+    """Rounding may reach y itself; of inf, of nan and by 0 it is nan."""
+    if x.lo is None or x.hi is None or y.lo is None or y.hi is None:
+        return WHOLE
+    zero = Const(0.0)
+    inside = Interval(on.make(ops.MIN, y.lo, zero), on.make(ops.MAX, y.hi, zero))
+    safe = on.make(ops.AND, bounded(on, x.lo, x.hi), _nonzero(on, y))
+    return _choose(on, safe, inside, point(NAN))
+
+
+def bounded(on: Bounder, low: Expr, high: Expr) -> Expr:
+    """That two float bounds are finite; false where one is nan."""
+    return on.make(ops.LT, on.make(ops.SUB, high, low), INFINITY)
 
 
 def _min(on: Bounder, node: Apply, args: list[Interval]) -> Interval:
