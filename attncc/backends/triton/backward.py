@@ -142,8 +142,8 @@ def _pair_args(mods: BackwardMods) -> list[str]:
 
 def _kv_tile(file: File, mods: BackwardMods) -> str:
     spec = file.spec
-    body = "q_lo = q_tile * BLOCK_M\nrows = q_lo + tl.arange(0, BLOCK_M)\nq_idx = rows\n"
-    body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
+    start = "q_lo = q_tile * BLOCK_M\nrows = q_lo + tl.arange(0, BLOCK_M)\n"
+    body = "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
     body += tile_load(spec, "q", "q_lo", "BLOCK_M", "BLOCK_D", head="h", length="q_len")
     body += 'qk = tl.dot(k, q.T, input_precision="ieee")\n'
     body += score_lines(file, mods, "qk", transposed=True)
@@ -159,7 +159,8 @@ def _kv_tile(file: File, mods: BackwardMods) -> str:
     body += _ds(spec, "[None, :]")
     q, kv = "q_idx[None, :]", "kv_idx[:, None]"
     body += _sums(mods, "kv", q, kv) + _sloped(mods, q, kv)
-    return body + 'dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")\n'
+    start += "q_idx = rows\n" if "q_idx" in body else ""
+    return start + body + 'dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")\n'
 
 
 def _q_tile(file: File, mods: BackwardMods) -> str:
@@ -231,9 +232,7 @@ def _pairs(mods: BackwardMods, q: str, kv: str) -> str:
 if MASKED:
     {name}_keep = {name}_keep & keep
 {", ".join(at)} = {index.call("b", "h", q, kv)}
-add_pairs(
-    {name}_ptr{steps}, {name}_ds, {name}_keep, {name}_top_ptr, FIXED_POINT
-)
+add_pairs({name}_ptr{steps}, {name}_ds, {name}_keep, {name}_top_ptr, FIXED_POINT)
 """
     return lines
 
@@ -269,7 +268,10 @@ def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:
     body = which_tile(plan.key_order, "kv").replace("batch * heads", "batch * (heads // GROUP)")
     body = body.replace("b = bh // heads", "b = bh // (heads // GROUP)")
     body = body.replace("h = bh % heads", "kv_head = bh % (heads // GROUP)\nh = kv_head * GROUP")
-    body += "kv_lo = kv_tile * BLOCK_N\nkv_last = tl.minimum(kv_lo + BLOCK_N, kv_len) - 1\n"
+    group = _group(file, mods, fold, sums)
+    body += "kv_lo = kv_tile * BLOCK_N\n"
+    if "kv_last" in group:
+        body += "kv_last = tl.minimum(kv_lo + BLOCK_N, kv_len) - 1\n"
     body += "\n# -- load k and v\n"
     body += at_head(spec, "k", "kv_head") + at_head(spec, "v", "kv_head")
     body += tile_load(spec, "k", "kv_lo", "BLOCK_N", "BLOCK_D", head="kv_head", length="kv_len")
@@ -279,7 +281,7 @@ def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:
     body += "dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n"
     body += "dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)\n"
     body += "\n# -- every query head that reads this key head\nfor g in tl.range(0, GROUP):\n"
-    body += indented(_group(file, mods, fold, sums))
+    body += indented(group)
     body += f"""
 # -- store
 {_store("dk", "scale", "columns", "kv_len", "BLOCK_N", "BLOCK_D", "HEAD_DIM", "kv_head")}
@@ -323,13 +325,17 @@ def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
     tiles = loop(file, "q", "kv", "BLOCK_N")
     body = which_tile(plan.query_order, "q")
     body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
-    body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n\n# -- load q and dout\n"
+    if "q_last" in tiles.setup:
+        body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n"
+    body += "\n# -- load q and dout\n"
     for name, head in (("q", "h"), ("dout", "h"), ("k", "kv_head"), ("v", "kv_head")):
         body += at_head(spec, name, head)
     body += tile_load(spec, "q", "q_lo", "BLOCK_M", "BLOCK_D", head="h", length="q_len")
     body += tile_load(spec, "dout", "q_lo", "BLOCK_M", "BLOCK_DV", head="h", length="q_len")
-    body += "rows = q_lo + tl.arange(0, BLOCK_M)\nq_idx = rows\n"
-    body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
+    body += "rows = q_lo + tl.arange(0, BLOCK_M)\n"
+    if mods.rows or "q_idx" in fold.extra:
+        body += "q_idx = rows\n"
+        body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
     if spec.lowering.softmax:
         body += "lse_ptr += bh.to(tl.int64) * q_len\ndelta_ptr += bh.to(tl.int64) * q_len\n"
         body += _lse_lines(mods)

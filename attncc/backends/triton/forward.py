@@ -11,15 +11,15 @@ from attncc.backends.triton.sections import (
     positions,
     which_tile,
 )
-from attncc.backends.triton.text import call, indented
+from attncc.backends.triton.text import indented
 from attncc.ir.expr import Axis
 from attncc.ir.program import Normalize
 
 POSITIONS = ("b", "h", "q_idx", "kv_idx")
 LAST = (
     *("batch", "heads", "q_len", "kv_len", "scale"),
-    *("index_ptr", "full_count_ptr", "partial_count_ptr"),
-    *("count_stride_b", "count_stride_h", "list_capacity"),
+    *("index_ptr", "start_ptr", "full_count_ptr", "partial_count_ptr"),
+    *("count_stride_b", "count_stride_h"),
     *("order_ptr", "order_stride_b", "order_stride_h"),
     *("q_tiles", "kv_tiles", "swizzle"),
 )
@@ -62,9 +62,10 @@ class Mods:
         extra = tuple(e for e in self.score.extra if e != "kv_len")
         own = self.score.call("0.0", "scale", "b", "h", "q_idx", "kv_idx")
         base = self.score.call("0.0", "scale", "b", "h", "q_lo", "kv_idx")
-        head = call("def row_term", ("scale", "b", "h", "q_idx", "q_lo", "kv_len", *extra), ":")
+        args = ("scale", "b", "h", "q_idx", "q_lo", "kv_len", *extra)
+        head = f"def row_term({', '.join(args)}):"
         doc = '"""What a row\'s scores lack when score_mod is given q_lo for q_idx; it cancels."""'
-        body = f"{doc}\nkv_idx = {at_kv}\nreturn {own} - {base}"
+        body = f"{doc}\nkv_idx = {at_kv}\nown = {own}\nreturn own - {base}"
         leading = ("scale", "b", "h", "q_idx", "q_lo", "kv_len")
         text = f"@triton.jit\n{head}\n{indented(body)}\n"
         self.row_term = Function("row_term", leading, extra, text)
@@ -158,14 +159,14 @@ def score_lines(file: File, mods: Mods, dot: str, *, transposed: bool = False) -
     clamp = positions(file, Axis.KV, "kv_idx", "kv_len")
     keep = inside
     if mods.mask is not None:
-        keep = f"{mods.mask.call('b', 'h', f'q_idx{q}', f'kv_idx{kv}')} & inside{kv}"
+        keep = mods.mask.call("b", "h", f"q_idx{q}", f"kv_idx{kv}")
     scored = []
     if mods.score is not None:
         pair = (mods.row_index(f"q_idx{q}"), f"kv_idx{kv}")
         scored = [f"score = {mods.score.call('score', 'scale', 'b', 'h', *pair)}"]
     masked = [f"keep = {keep}"]
     if mods.mask is not None:
-        masked = ["inside = kv_idx < kv_len", *clamp, *masked]
+        masked = ["inside = kv_idx < kv_len", *clamp, *masked, f"keep = keep & inside{kv}"]
     elif clamp:
         masked += clamp
     masked_first = ["if MASKED:", *("    " + line for line in masked)]
@@ -215,11 +216,15 @@ def _kernel(file: File, mods: Mods, attend: Function) -> Function:
     tiles = loop(file, "q", "kv", "BLOCK_N")
     body = which_tile(plan.query_order, "q")
     body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
-    body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n\n# -- load q\n"
+    if "q_last" in tiles.setup:
+        body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n"
+    body += "\n# -- load q\n"
     body += at_head(spec, "q", "h") + at_head(spec, "k", "kv_head") + at_head(spec, "v", "kv_head")
     body += tile_load(spec, "q", "q_lo", "BLOCK_M", "BLOCK_D", head="h", length="q_len")
-    body += "rows = q_lo + tl.arange(0, BLOCK_M)\nq_idx = rows\n"
-    body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
+    body += "rows = q_lo + tl.arange(0, BLOCK_M)\n"
+    if mods.rows or "q_idx" in attend.extra:
+        body += "q_idx = rows\n"
+        body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
     body += "acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)\n"
     if lowering.softmax:
         body += "l_i = tl.zeros([BLOCK_M], tl.float32)\n"
@@ -237,13 +242,15 @@ def walk_tiles(
     state: str,
     name: str,
     count: str,
-    tile: str,
+    tiles: list[str],
     masked: bool,
     renamed: dict[str, str] | None = None,
 ) -> str:
-    """A loop that folds `count` tiles, each numbered by `tile` in terms of i."""
-    step = fold.assigned(state, {**(renamed or {}), "MASKED": str(masked)}, 4)
-    return f"for i in tl.range(0, {count}):\n    {name} = {tile}\n{step}\n\n"
+    """A loop that folds `count` tiles, each numbered by the last of `tiles`."""
+    lines = [f"{name} = {tile.format(tile=name)}" for tile in tiles]
+    lines.append(fold.assigned(state, {**(renamed or {}), "MASKED": str(masked)}))
+    body = indented("\n".join(lines))
+    return f"for i in tl.range(0, {count}):\n{body}\n\n"
 
 
 def _sink_extra(file: File) -> tuple[str, ...]:
@@ -263,10 +270,10 @@ def _store(file: File, mods: Mods) -> str:
         text += "acc = acc / tl.where(empty, 1.0, l_i)[:, None]\n"
         if spec.lowering.sink is not None:
             text += "acc = tl.where(empty[:, None], 0.0, acc)\n"
-        lse = "m_i + tl.log2(l_i)"
+        text += "lse = m_i + tl.log2(l_i)\n"
         if mods.rows and spec.lowering.sink is None:
-            lse += f" + {mods.row_term.call(*mods.row_term.leading)}"
-        text += f'lse = tl.where(empty, float("-inf"), ({lse}) * 0.6931471805599453)\n'
+            text += f"lse += {mods.row_term.call(*mods.row_term.leading)}\n"
+        text += 'lse = tl.where(empty, float("-inf"), lse * 0.6931471805599453)\n'
         text += "lse_ptr += bh.to(tl.int64) * q_len\n"
         text += "tl.store(lse_ptr + rows, lse, mask=rows < q_len)\n"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ from attncc.backends.triton.text import (
     WIDTH,
     Names,
     Printer,
-    call,
     indented,
+    laid_out,
 )
 from attncc.ir.expr import SIZES, Axis, Const, Expr, Load, ScalarParam, TensorParam, walk
 from attncc.ir.plan import Blocks, Order, Ranges, Segment
@@ -63,10 +64,10 @@ class Function:
         """A call with its leading arguments; the others keep their names."""
         return f"{self.name}({', '.join((*args, *self.extra))})"
 
-    def assigned(self, targets: str, renamed: Mapping[str, str], indent: int) -> str:
-        """Lines that call it by its arguments' own names, but for those renamed."""
+    def assigned(self, targets: str, renamed: Mapping[str, str]) -> str:
+        """A line that calls it by its arguments' own names, but for those renamed."""
         args = [renamed.get(a, a) for a in self.extra]
-        return call(f"{targets} = {self.name}", args, indent=indent)
+        return f"{targets} = {self.name}({', '.join(args)})"
 
 
 CONSTEXPRS = ("MASKED", "FIXED_POINT", "HAS_DLSE", "GROUP", "HEAD_DIM", "VALUE_DIM")
@@ -75,12 +76,13 @@ CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "CHUNK", "WIDTH")
 
 def define(name: str, args: Sequence[str], body: str, *, kernel: bool = False) -> Function:
     """A function with those of `args` that its body names, constexprs last."""
+    body = re.sub(r"\n{3,}", "\n\n", body)
     words = set(re.findall(r"\w+", body))
     if kernel:
         words.discard("kv_head")  # which a kernel works out
     own = tuple(a for a in dict.fromkeys((*args, *CONSTEXPRS)) if a in words)
     typed = [f"{a}: tl.constexpr" if a in CONSTEXPRS else a for a in own]
-    head = call(f"def {name}", typed, ":")
+    head = f"def {name}({', '.join(typed)}):"
     above = decorator(own) if kernel else "@triton.jit"
     return Function(name, (), own, f"{above}\n{head}\n{indented(body)}\n")
 
@@ -90,12 +92,9 @@ def decorator(args: Sequence[str]) -> str:
     typed = ("_ptr", "_desc")
     free = [a for a in args if not a.endswith(typed) and "_stride_" not in a]
     quoted = [f'"{a}"' for a in free if a not in CONSTEXPRS]
-    line = f"@triton.jit(do_not_specialize=[{', '.join(quoted)}])"
-    if len(line) <= WIDTH:
-        return line
-    inner = f"    do_not_specialize=[{', '.join(quoted)}]"
-    if len(inner) <= WIDTH:
-        return f"@triton.jit(\n{inner}\n)"
+    listed = ", ".join(quoted)
+    if len(listed) + 24 <= WIDTH:
+        return f"@triton.jit(do_not_specialize=[{listed}])"
     lines = "".join(f"        {q},\n" for q in quoted)
     return f"@triton.jit(\n    do_not_specialize=[\n{lines}    ]\n)"
 
@@ -136,7 +135,7 @@ class File:
         if self.spec.wide:
             lines = [f"{i} = {i}.to(tl.int64)" for i in ("q_idx", "kv_idx")] + lines
         body = "\n".join([f'"""{doc}"""', *lines, f"return {', '.join(texts)}"])
-        head = call(f"def {name}", (*leading, *extra), ":")
+        head = f"def {name}({', '.join((*leading, *extra))}):"
         function = Function(name, tuple(leading), extra, f"@triton.jit\n{head}\n{indented(body)}\n")
         self.functions.append(function)
         return function
@@ -154,7 +153,7 @@ class File:
         if "in_order(" in used:
             parts.append(IN_ORDER.strip() + "\n")
         parts += [f.text for f in self.functions]
-        return parts[0] + parts[1] + "\n\n" + "\n\n".join([*parts[2:], *kernels])
+        return laid_out(parts[0] + parts[1] + "\n\n" + "\n\n".join([*parts[2:], *kernels]))
 
 
 def header(spec: Spec, title: str) -> str:
@@ -167,8 +166,15 @@ def header(spec: Spec, title: str) -> str:
     if plan.blocks is Blocks.RANGES and plan.query_ranges:
         lines += ["", "Queries of a key tile:", *_range_lines(plan.query_ranges)]
     if plan.blocks is Blocks.LISTS:
-        lines += ["", "Tiles come from lists: full ones from the front, partial ones at the back."]
-    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+        lines += ["", "Tiles come from lists: a row's full ones, then its partial ones."]
+    wrapped = [part for line in lines for part in _wrapped(line)]
+    return "".join(f"# {line}".rstrip() + "\n" for line in wrapped)
+
+
+def _wrapped(line: str) -> list[str]:
+    """A comment line in pieces that fit, later ones indented deeper."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(line, WIDTH - 2, subsequent_indent=indent, drop_whitespace=True) or [""]
 
 
 def _range_lines(ranges: Ranges) -> list[str]:
@@ -190,13 +196,13 @@ def positions(file: File, which: Axis, index: str, length: str) -> list[str]:
 
 def which_tile(order: Order, rows: str) -> str:
     """The start of a kernel: its row tile, batch and head."""
-    rank = "rank // width"
+    rank, moved = "rank // width", ""
     match order:
         case Order.REVERSED:
             tile = f"{rows}_tiles - 1 - {rank}"
         case Order.BY_WORK:
-            at = f"order_ptr + b * order_stride_b + h * order_stride_h + {rank}"
-            tile = f"tl.load({at}).to(tl.int32)"
+            moved = "order_ptr += b * order_stride_b + h * order_stride_h\n"
+            tile = f"tl.load(order_ptr + {rank}).to(tl.int32)"
         case _:
             tile = rank
     return f"""\
@@ -207,7 +213,7 @@ width = tl.minimum(swizzle, batch * heads - section * swizzle)
 bh = section * swizzle + rank % width
 b = bh // heads
 h = bh % heads
-{rows}_tile = {tile}
+{moved}{rows}_tile = {tile}
 """
 
 
@@ -216,8 +222,8 @@ class Loop:
     """How a kernel walks the tiles of its other side: set-up lines, and per loop count and tile."""
 
     setup: str
-    full: tuple[str, str] | None
-    partial: tuple[str, str]
+    full: tuple[str, list[str]] | None
+    partial: tuple[str, list[str]]
 
 
 def loop(file: File, rows: str, columns: str, block: str) -> Loop:
@@ -236,13 +242,13 @@ def _list_loop(rows: str) -> Loop:
 list_row = b * count_stride_b + h * count_stride_h + {rows}_tile
 full_count = tl.load(full_count_ptr + list_row)
 partial_count = tl.load(partial_count_ptr + list_row)
-full_list_ptr = index_ptr + list_row.to(tl.int64) * list_capacity
-partial_list_ptr = full_list_ptr + list_capacity - partial_count
+full_list_ptr = index_ptr + tl.load(start_ptr + list_row)
+partial_list_ptr = full_list_ptr + full_count
 """
     return Loop(
         setup,
-        ("full_count", "tl.load(full_list_ptr + i).to(tl.int32)"),
-        ("partial_count", "tl.load(partial_list_ptr + i).to(tl.int32)"),
+        ("full_count", ["tl.load(full_list_ptr + i).to(tl.int32)"]),
+        ("partial_count", ["tl.load(partial_list_ptr + i).to(tl.int32)"]),
     )
 
 
@@ -254,19 +260,16 @@ def _range_loop(file: File, ranges: Ranges, columns: str, block: str) -> Loop:
     if full and _from_zero(ranges.visit) and _from_zero(ranges.unmasked):
         gaps = gaps[1:]
     starts, counts = _partial(visit, gaps, lines)
-    tile = starts[0] + " + i"
-    for at in range(1, len(starts)):
-        before = f"partial_count_{at - 1}" if len(starts) > 1 else "0"
-        tile = f"tl.where(i < {before}, {tile}, {starts[at]} + i - {before})"
-    partial = (counts, tile)
+    befores = [f"partial_count_{at}" for at in range(len(starts) - 1)]
+    partial = (counts, _numbered(starts, befores))
     if not full:
         return Loop("\n".join(lines) + "\n", None, partial)
     lo, hi = full[0]
     if len(full) == 1:
-        return Loop("\n".join(lines) + "\n", (f"{hi} - {lo}", f"{lo} + i"), partial)
+        return Loop("\n".join(lines) + "\n", (f"{hi} - {lo}", [f"{lo} + i"]), partial)
     lines.append(f"full_count_0 = {hi} - {lo}")
     (lo_1, hi_1) = full[1]
-    tile = f"tl.where(i < full_count_0, {lo} + i, {lo_1} + i - full_count_0)"
+    tile = _numbered([lo, lo_1], ["full_count_0"])
     return Loop("\n".join(lines) + "\n", (f"full_count_0 + {hi_1} - {lo_1}", tile), partial)
 
 
@@ -321,6 +324,17 @@ def in_order(a, a_end, b, b_end):
 '''
 
 
+def _numbered(starts: Sequence[str], befores: Sequence[str]) -> list[str]:
+    """The i-th tile of ranges that begin at `starts`, with so many tiles before each but the first.
+
+    Each later text names the tile of the ones before it as {tile}.
+    """
+    tiles = [f"{starts[0]} + i"]
+    for start, before in zip(starts[1:], befores, strict=True):
+        tiles.append(f"tl.where(i < {before}, {{tile}}, {start} + i - {before})")
+    return tiles
+
+
 def _from_zero(segments: Sequence[Segment]) -> bool:
     return len(segments) == 1 and segments[0].lo == Const(0)
 
@@ -348,7 +362,10 @@ def _partial(
         start = lo if gap_lo is None else f"partial_lo{suffix}"
         if gap_lo is not None:
             lines.append(f"{start} = tl.maximum({lo}, {gap_lo})")
-        end = hi if gap_hi is None else f"tl.minimum({hi}, {gap_hi})"
+        end = hi
+        if gap_hi is not None:
+            end = f"partial_hi{suffix}"
+            lines.append(f"{end} = tl.minimum({hi}, {gap_hi})")
         count = f"tl.maximum({end} - {start}, 0)"
         lines.append(f"partial_count{suffix} = {total + ' + ' if total else ''}{count}")
         total = f"partial_count{suffix}"

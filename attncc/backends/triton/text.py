@@ -30,6 +30,8 @@ from attncc.passes.signs import nonnegative, positive
 WIDTH = 100
 LONG = 64
 """A subexpression longer than this gets a line of its own."""
+SHORT = 40
+"""The same for bounds, which have few names in common but many terms."""
 ROOT = 86
 """So does a whole expression longer than this."""
 
@@ -165,8 +167,15 @@ _OWN = re.compile(
     r"triton|tl|b|h|bh|i|q|k|v|p|d|n|m|t\d+|kv_head|heads|kv_heads|batch|head_dim|score|mask|scale"
     r"|acc|out|lse|keep|head|width|rank|section|swizzle|safe|alpha|sink|delta|dout|dq|dk|dv|ds|dp|qk"
     r"|empty|range|float|int|min|max|tanh|.*_(mod|term|ptr|desc|idx|lo|hi|len|last|[ilo])|.*_count.*"
-    r"|.*(stride|size|tile|capacity|index|order|attend|grad).*|[A-Z_]+|" + "|".join(HELPERS)
+    r"|.*(stride|size|tile|capacity|index|order|attend|grad).*|[A-Z_]+|"
+    + "|".join(HELPERS)
+    + r"|row|chunk|inside|(more_)?(q|kv)_(low|high)_\d+|.*_entries"
 )
+
+
+def _is_own(name: str) -> bool:
+    """No name of a file's own ends in an underscore."""
+    return not name.endswith("_") and _OWN.fullmatch(name) is not None
 
 
 class Names:
@@ -178,7 +187,7 @@ class Names:
         for param in params:
             assert param.isidentifier(), param
             name = param
-            while name in taken or keyword.iskeyword(name) or _OWN.fullmatch(name):
+            while name in taken or keyword.iskeyword(name) or _is_own(name):
                 name += "_"
             taken.add(name)
             self._names[param] = name
@@ -216,7 +225,7 @@ class Printer:
 
     def body(self, outputs: Sequence[Expr]) -> tuple[list[str], list[str]]:
         """Assignments for shared and long subexpressions, and the text of each output."""
-        return _Body(self, outputs).run(outputs)
+        return _Body(self, outputs, SHORT if self.bounds else LONG).run(outputs)
 
     def inline(self, expr: Expr) -> str:
         """One line of text, however long."""
@@ -268,7 +277,8 @@ class _Body:
                 return name, P_ATOM
             case Scalar(param):
                 own = param is SCALE
-                return param.name if own else self.printer.names[param.name], P_ATOM
+                name = param.name if own else self.printer.names[param.name]
+                return (f"({name} != 0)" if param.kind is Kind.BOOL else name), P_ATOM
             case Score():
                 return "score", P_ATOM
             case Load():
@@ -289,9 +299,11 @@ class _Body:
                 text = self._name(None, f"tl.minimum(tl.maximum({self.text(index)}, 0), {last})")
             # A pair's index stays 32-bit along the last axis, whose stride is 1 as a rule.
             pair = axes(index) & Axis.Q and axes(index) & Axis.KV and axis == len(load.at) - 1
-            if not pair and not isinstance(index, Const):
+            if not pair and not isinstance(index, Const) and not self.printer.bounds:
                 text = f"{_atom(text)}.to(tl.int64)"
             where += f" + {text} * {names.stride(tensor, axis)}"
+        if len(where) > ROOT:
+            where = self._name(None, where)
         read = "gather" if self.printer.ptx and _scattered(load) else "tl.load"
         match load.tensor.kind:
             case Kind.INT:
@@ -444,13 +456,49 @@ def _repeated(outputs: Sequence[Expr]) -> set[Expr]:
 
 
 def call(prefix: str, args: Sequence[str], suffix: str = "", indent: int = 0) -> str:
-    """`prefix(args)suffix` on one line where it fits, else one argument a line, as ruff has it."""
-    pad = " " * indent
-    line = f"{pad}{prefix}({', '.join(args)}){suffix}"
-    if len(line) <= WIDTH:
-        return line
-    inner = "".join(f"{pad}    {arg},\n" for arg in args)
-    return f"{pad}{prefix}(\n{inner}{pad}){suffix}"
+    """`prefix(args)suffix`, broken where it is too long."""
+    return laid_out(f"{' ' * indent}{prefix}({', '.join(args)}){suffix}")
+
+
+def laid_out(text: str) -> str:
+    """Lines that are too long, broken inside their last brackets as ruff does."""
+    return "\n".join(part for line in text.split("\n") for part in _broken(line))
+
+
+def _broken(line: str) -> list[str]:
+    if len(line) <= WIDTH or line.lstrip().startswith(("#", '"')) or '"""' in line:
+        return [line]
+    pad = line[: len(line) - len(line.lstrip())]
+    suffix = next((end for end in ("):", "),", ")") if line.endswith(end)), None)
+    if suffix is None:
+        return [line]
+    opening = _opening(line, len(line) - len(suffix))
+    head, inner = line[: opening + 1], line[opening + 1 : len(line) - len(suffix)]
+    if len(pad) + 4 + len(inner) <= WIDTH:
+        return [head, f"{pad}    {inner}", f"{pad}{suffix}"]
+    lines = [part for arg in _arguments(inner) for part in _broken(f"{pad}    {arg},")]
+    return [head, *lines, f"{pad}{suffix}"]
+
+
+def _opening(line: str, closing: int) -> int:
+    """Where the bracket that closes at `closing` opens."""
+    depth = 0
+    for at in range(closing, -1, -1):
+        depth += (line[at] in ")]") - (line[at] in "([")
+        if depth == 0:
+            return at
+    raise AssertionError(f"unbalanced brackets: {line}")
+
+
+def _arguments(inner: str) -> list[str]:
+    """The parts between commas outside brackets."""
+    parts, depth, start = [], 0, 0
+    for at, char in enumerate(inner):
+        depth += (char in "([") - (char in ")]")
+        if char == "," and depth == 0:
+            parts.append(inner[start:at].strip())
+            start = at + 1
+    return [*parts, inner[start:].strip()]
 
 
 def indented(text: str, by: int = 4) -> str:
