@@ -108,6 +108,11 @@ class BoundPlan:
     def _others(self) -> dict[tuple[int, int], BoundPlan]:
         return {}
 
+    @cached_property
+    def kept(self) -> dict[str, object]:
+        """What backends make of it once and keep, each under a name of its own."""
+        return {}
+
     # -- classification
 
     def classify(self) -> Tensor:

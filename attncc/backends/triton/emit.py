@@ -117,10 +117,10 @@ def _constants(call: Call, config: Config) -> dict[str, Any]:
 
 def _signature(found: Spec, call: Call, config: Config) -> dict[str, str]:
     """Triton's type of every argument that a kernel file may name."""
-    ints = (*_SIZES, "list_capacity", "q_tiles", "kv_tiles", "swizzle")
+    ints = (*_SIZES, "q_tiles", "kv_tiles", "swizzle")
     lists = ("index", "full_count", "partial_count", "order")
     types = dict.fromkeys(ints, "i32") | {"scale": "fp32"}
-    types |= {f"{name}_ptr": "*i32" for name in lists}
+    types |= {f"{name}_ptr": "*i32" for name in lists} | {"index_ptr": "*i16", "start_ptr": "*i64"}
     types |= {f"{name}_ptr": "*fp32" for name in ("lse", "dlse", "delta")}
     for name in _INPUTS:
         types[f"{name}_ptr"] = f"*{call.dtype}"

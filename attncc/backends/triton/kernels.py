@@ -9,8 +9,11 @@ from typing import Any
 
 from attncc import cache
 from attncc.backends.triton.backward import backward_source
+from attncc.backends.triton.classify import lists_source
 from attncc.backends.triton.forward import forward_source
+from attncc.backends.triton.lower import lower
 from attncc.backends.triton.sections import Spec
+from attncc.ir.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,15 @@ def backward(spec: Spec) -> dict[str, Kernel]:
     names = ("delta",) if spec.lowering.softmax else ()
     names += ("backward_kv", "backward_q")
     return _load(f"{spec.name}_backward", backward_source(spec), names)
+
+
+@lru_cache(maxsize=256)
+def lists(plan: Plan, doubles: bool) -> dict[str, Kernel]:
+    """The kernels that list tiles, by name; doubles: a captured tensor is float64."""
+    spec = Spec(lower(plan), half=False, ptx=False, descriptors=False)
+    text = lists_source(spec, doubles)
+    names = tuple(n for n in ("summarize", "key_lists", "query_lists") if f"def {n}(" in text)
+    return _load(f"{spec.name}_lists", text, names)
 
 
 def _load(stem: str, text: str, names: tuple[str, ...]) -> dict[str, Kernel]:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from attncc.backends.triton import kernels
+from attncc.backends.triton.arguments import Values, captured
 from attncc.backends.triton.configs import Config, Shape, Traits, default, padded
 from attncc.backends.triton.kernels import Kernel
+from attncc.backends.triton.lists import key_lists, query_lists
 from attncc.backends.triton.lower import Gradient, Reduction, lower
 from attncc.backends.triton.sections import Spec
 from attncc.binding import Binding
@@ -21,8 +23,6 @@ from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import TRUE, Axis, Score
 from attncc.ir.plan import Blocks, Order, Plan
 from attncc.tiles import BoundPlan
-
-Values = dict[str, Any]
 
 TINY = 1e-30
 UNITS = 2.0**40
@@ -141,19 +141,7 @@ def strided(values: Values, name: str, x: Tensor) -> None:
 def common(run: Run, spec: Spec, q: Tensor, v: Tensor) -> Values:
     """Arguments that every kernel may name: sizes, scalars, captured tensors."""
     binding = run.bound.binding
-    plan = run.bound.plan
-    values: Values = dict(binding.scalars)
-    names = _names(spec)
-    for scalar in plan.program.scalars:
-        values[names[scalar.name]] = binding.scalars[scalar.name]
-    for tensor in plan.program.tensors:
-        data = binding.tensors[tensor.name]
-        if data.numel() == 0:  # never read where it matters, but kernels clamp into it
-            data = data.new_zeros([1] * data.dim())
-        values[names.pointer(tensor.name)] = data
-        for axis in range(data.dim()):
-            values[names.stride(tensor.name, axis)] = data.stride(axis)
-            values[names.size(tensor.name, axis)] = data.shape[axis]
+    values = captured(run.bound.plan, binding)
     values |= {
         "scale": run.scale,
         "GROUP": binding.heads // binding.kv_heads,
@@ -162,16 +150,7 @@ def common(run: Run, spec: Spec, q: Tensor, v: Tensor) -> Values:
         "BLOCK_D": padded(q.shape[-1]),
         "BLOCK_DV": padded(v.shape[-1]),
     }
-    for size in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim"):
-        values[size] = getattr(binding, size)
     return values
-
-
-@lru_cache(maxsize=256)
-def _names(spec: Spec) -> Any:
-    from attncc.backends.triton.text import Names
-
-    return Names(p.name for p in spec.lowering.plan.program.params)
 
 
 def tiled(run: Run, values: Values, side: str, config: Config, width: int) -> int:
@@ -189,17 +168,16 @@ def tiled(run: Run, values: Values, side: str, config: Config, width: int) -> in
     values["swizzle"] = _swizzle(run, order, width)
     if plan.blocks is Blocks.LISTS:
         bound = run.bound.retiled((config.block_m, config.block_n))
-        lists = bound.key_lists() if side == "q" else bound.query_lists()
+        lists = key_lists(bound) if side == "q" else query_lists(bound)
         values |= {
             "index_ptr": lists.index,
+            "start_ptr": lists.start,
             "full_count_ptr": lists.full_count,
             "partial_count_ptr": lists.partial_count,
-            "list_capacity": lists.index.shape[-1],
+            "order_ptr": lists.order,
         }
         _head_strides(values, "count", lists.full_count)
-        if order is Order.BY_WORK:
-            values["order_ptr"] = bound.work_order(lists)
-            _head_strides(values, "order", values["order_ptr"])
+        _head_strides(values, "order", lists.order)
     return tiles * binding.batch * width
 
 

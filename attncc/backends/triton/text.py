@@ -169,7 +169,7 @@ _OWN = re.compile(
     r"|empty|range|float|int|min|max|tanh|.*_(mod|term|ptr|desc|idx|lo|hi|len|last|[ilo])|.*_count.*"
     r"|.*(stride|size|tile|capacity|index|order|attend|grad).*|[A-Z_]+|"
     + "|".join(HELPERS)
-    + r"|row|chunk|inside|(more_)?(q|kv)_(low|high)_\d+|.*_entries"
+    + r"|row|chunk|inside|more|(q|kv)_(low|high)_\d+|.*_entries"
 )
 
 

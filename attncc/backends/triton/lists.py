@@ -1,0 +1,249 @@
+"""Runs the kernels that list tiles: no host synchronisation, and once a BoundPlan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attncc.backends.triton import kernels
+from attncc.backends.triton.arguments import Values, captured
+from attncc.backends.triton.classify import KEYS, QUERIES, Side, bounded
+from attncc.backends.triton.kernels import Kernel
+from attncc.backends.triton.terms import Term, Test, tile_test
+from attncc.binding import Binding, Number
+from attncc.ir.evaluate import Env, evaluate_unchecked
+from attncc.ir.expr import Axis, Expr, axes
+from attncc.ir.ops import Kind
+from attncc.ir.plan import Plan, Segment
+from attncc.tiles import BoundPlan
+
+CHUNK = 128
+"""Tiles tested at once, by one warp, and skipped at once where their common test says so."""
+WIDTH = 1024
+"""Positions read at once for a chunk's summary."""
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Tiles that each row of tiles visits; [B|1, H|1]: 1 where nothing varies with b (or h).
+
+    index: int16 (int32 above 32767 tiles), flat: a row's full tiles from its start on, its partial
+           ones behind them, both ascending.
+    start: int64 [B|1, H|1, rows].
+    full_count, partial_count, order: int32 [B|1, H|1, rows]; order has the rows with the most
+           tiles first.
+    """
+
+    index: Tensor
+    start: Tensor
+    full_count: Tensor
+    partial_count: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """What the tile test reads of one axis: [terms, B|1, H|1, tiles + chunks]."""
+
+    ints: Tensor
+    floats: Tensor
+
+
+def key_lists(bound: BoundPlan) -> Lists:
+    """Per query tile, its key tiles; a ragged last key tile counts as partial."""
+    return _kept(bound).lists(QUERIES, KEYS)
+
+
+def query_lists(bound: BoundPlan) -> Lists:
+    """Per key tile, its query tiles."""
+    return _kept(bound).lists(KEYS, QUERIES)
+
+
+def _kept(bound: BoundPlan) -> ListMaker:
+    made = bound.kept.setdefault("triton lists", ListMaker(bound))
+    assert isinstance(made, ListMaker)
+    return made
+
+
+class ListMaker:
+    """The lists of one BoundPlan; layers that share it share them."""
+
+    def __init__(self, bound: BoundPlan, chunk: int = CHUNK, width: int = WIDTH) -> None:
+        self.bound = bound
+        self.chunk = chunk
+        self.width = width
+        self.made: dict[str, Lists] = {}
+        self.summaries: dict[str, Summaries] | None = None
+
+    def lists(self, rows: Side, columns: Side) -> Lists:
+        if rows.at not in self.made:
+            self.made[rows.at] = self._lists(rows, columns)
+        return self.made[rows.at]
+
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        binding = self.bound.binding
+        doubles = any(x.dtype == torch.float64 for x in binding.tensors.values())
+        return kernels.lists(self.bound.plan, doubles)
+
+    def _tiles(self, side: Side) -> int:
+        return self.bound.q_tiles if side is QUERIES else self.bound.kv_tiles
+
+    def _lists(self, rows: Side, columns: Side) -> Lists:
+        binding = self.bound.binding
+        varies = axes(self.bound.plan.mask)
+        outer = _outer(binding, varies)
+        shape = (*outer, self._tiles(rows))
+        size = room(self.bound, rows, columns)
+        dtype = torch.int16 if self._tiles(columns) <= 32767 else torch.int32
+        index = torch.empty(math.prod(outer) * size, dtype=dtype, device=binding.device)
+        start = torch.empty(shape, dtype=torch.int64, device=binding.device)
+        counts = torch.empty((2, *shape), dtype=torch.int32, device=binding.device)
+        full_count, partial_count = counts
+        if index.numel() == 0:
+            counts.zero_()
+            start.zero_()
+        else:
+            values = self._common() | {
+                "index_ptr": index,
+                "start_ptr": start,
+                "full_count_ptr": full_count,
+                "partial_count_ptr": partial_count,
+                "list_size": size,
+            }
+            self._start(f"{columns.one}_lists", (shape[2], *outer), values, warps=1)
+        work = full_count + partial_count
+        order = work.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        return Lists(index, start, full_count, partial_count, order)
+
+    def _start(self, name: str, grid: tuple[int, ...], values: Values, warps: int) -> None:
+        kernel = self.kernels[name]
+        arguments = {name: values[name] for name in kernel.arguments}
+        kernel.function[grid](**arguments, num_warps=warps)
+
+    def _common(self) -> Values:
+        """What every kernel may name; makes the summaries where they are not made yet."""
+        if self.summaries is None:
+            self.summaries = self._empty_summaries()
+            if test_of(self.bound.plan).terms:
+                self._summarize()
+        return self._arguments(self.summaries)
+
+    def _arguments(self, summaries: Mapping[str, Summaries]) -> Values:
+        binding = self.bound.binding
+        values = captured(self.bound.plan, binding)
+        values |= {
+            "GROUP": binding.heads // binding.kv_heads,
+            "BLOCK_M": self.bound.tile[0],
+            "BLOCK_N": self.bound.tile[1],
+            "CHUNK": self.chunk,
+            "WIDTH": self.width,
+        }
+        for side in (QUERIES, KEYS):
+            found = summaries[side.at]
+            _, batch, heads, entries = found.ints.shape
+            values |= {
+                f"{side.at}_tiles": self._tiles(side),
+                f"{side.at}_entries": entries,
+                f"{side.at}_int_ptr": found.ints,
+                f"{side.at}_float_ptr": found.floats,
+                f"{side.at}_stride_b": heads * entries if batch > 1 else 0,
+                f"{side.at}_stride_h": entries if heads > 1 else 0,
+                f"{side.at}_stride_term": batch * heads * entries,
+            }
+        return values
+
+    def _summarize(self) -> None:
+        assert self.summaries is not None
+        terms = test_of(self.bound.plan).terms
+        varies = Axis.NONE
+        for term in terms:
+            varies |= axes(term.expr)
+        used = {term.summary.axis for term in terms}
+        entries = sum(
+            self.summaries[side.at].ints.shape[3] for side in (QUERIES, KEYS) if side.axis in used
+        )
+        grid = (entries, *_outer(self.bound.binding, varies))
+        self._start("summarize", grid, self._arguments(self.summaries), warps=4)
+
+    def _empty_summaries(self) -> dict[str, Summaries]:
+        test = test_of(self.bound.plan)
+        return {side.at: self._empty(side, test.of(side.axis)) for side in (QUERIES, KEYS)}
+
+    def _empty(self, side: Side, terms: tuple[Term, ...]) -> Summaries:
+        varies = Axis.NONE
+        for term in terms:
+            varies |= axes(term.expr)
+        tiles = self._tiles(side)
+        shape = (*_outer(self.bound.binding, varies), tiles + -(-tiles // self.chunk))
+        floats = sum(term.kind is Kind.FLOAT for term in terms)
+        device = self.bound.binding.device
+        return Summaries(
+            torch.empty((len(terms) - floats, *shape), dtype=torch.int64, device=device),
+            torch.empty((floats, *shape), dtype=torch.float32, device=device),
+        )
+
+
+def _outer(binding: Binding, varies: Axis) -> tuple[int, int]:
+    batch = binding.batch if varies & Axis.B else 1
+    return batch, binding.heads if varies & Axis.H else 1
+
+
+@lru_cache(maxsize=256)
+def test_of(plan: Plan) -> Test:
+    """The tile test of a plan."""
+    return tile_test(plan)
+
+
+# -- how much room an index needs
+
+
+def room(bound: BoundPlan, rows: Side, columns: Side) -> int:
+    """Elements of the index for one (b, h): what all rows may visit, as far as the host knows."""
+    test = test_of(bound.plan)
+    segment = test.keys if columns is KEYS else test.queries
+    tiles = [bound.q_tiles, bound.kv_tiles]
+    if not bounded(segment):
+        return tiles[0] * tiles[1]
+    binding = bound.binding
+    tile = bound.tile if rows is QUERIES else bound.tile[::-1]
+    lengths = (binding.batch, binding.heads, binding.kv_heads, binding.q_len, binding.kv_len)
+    return _room(segment, rows, tile, lengths, tuple(binding.scalars.items()))
+
+
+@lru_cache(maxsize=256)
+def _room(
+    segment: Segment,
+    rows: Side,
+    tile: tuple[int, int],
+    lengths: tuple[int, ...],
+    scalars: tuple[tuple[str, Number], ...],
+) -> int:
+    """Evaluated on the CPU, once a set of lengths and scalars."""
+    batch, heads, kv_heads, q_len, kv_len = lengths
+    length = q_len if rows is QUERIES else kv_len
+    lo = torch.arange(0, length, tile[0])
+    if lo.numel() == 0:
+        return 0
+    h = torch.arange(heads).view(-1, 1)
+    at, last = rows.ends
+    positions = {
+        "b": torch.arange(batch).view(-1, 1, 1),
+        "h": h,
+        "kv_head": h // max(1, heads // max(1, kv_heads)),
+        at: lo,
+        last: (lo + tile[0]).clamp(max=length) - 1,
+    }
+    env = Env(positions, dict(scalars), dtype=torch.float64)
+
+    def end(expr: Expr) -> Tensor:
+        return evaluate_unchecked(expr, env)
+
+    first, past = end(segment.lo), end(segment.hi)
+    count = torch.where(first < past, -(-past // tile[1]) - first // tile[1], 0)
+    return int(count.sum(-1).max())

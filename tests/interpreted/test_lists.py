@@ -1,0 +1,135 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attncc.backends.triton.classify import KEYS, QUERIES
+from attncc.backends.triton.lists import ListMaker
+from attncc.binding import Binding
+from attncc.frontend import parse
+from attncc.ir.plan import Blocks
+from attncc.ir.program import Program
+from attncc.passes import analyze
+from attncc.tiles import EMPTY, FULL, PARTIAL, BoundPlan
+from tests import strategies
+from tests.cases import bindings, dense_mask, dense_tiles
+
+TILES = st.tuples(st.sampled_from((1, 4, 8)), st.sampled_from((2, 4, 16)))
+CHUNKS = st.sampled_from((2, 4, 16))
+
+
+def program_of(mask) -> Program:
+    return Program("random", strategies.PARAMS, mask=mask)
+
+
+def classes_of(lists, bound: BoundPlan, *, transposed: bool) -> torch.Tensor:
+    """The classes that the lists spell out, each checked to be ascending and in its own room."""
+    rows = lists.start.shape[2]
+    columns = bound.q_tiles if transposed else bound.kv_tiles
+    found = torch.full((*lists.start.shape, columns), EMPTY, dtype=torch.int8)
+    taken = torch.zeros(lists.index.numel(), dtype=torch.bool)
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in lists.start.shape)).tolist():
+        at = tuple(at)
+        start = int(lists.start[at])
+        for count, value in ((lists.full_count, FULL), (lists.partial_count, PARTIAL)):
+            end = start + int(count[at])
+            tiles = lists.index[start:end].long()
+            assert not taken[start:end].any()
+            taken[start:end] = True
+            assert (tiles.diff() > 0).all()
+            found[at][tiles] = value
+            start = end
+    assert lists.order.sort(-1).values.equal(torch.arange(rows).expand(lists.order.shape).int())
+    return found.transpose(2, 3) if transposed else found
+
+
+def check(bound: BoundPlan, chunk: int) -> None:
+    maker = ListMaker(bound, chunk, width=8)
+    classes = bound.classify()
+    demoted = classes.clone()
+    if bound.binding.kv_len % bound.tile[1]:
+        demoted[..., -1].clamp_(max=PARTIAL)
+    keys = classes_of(maker.lists(QUERIES, KEYS), bound, transposed=False)
+    assert keys.equal(demoted)
+    queries = classes_of(maker.lists(KEYS, QUERIES), bound, transposed=True)
+    left_out = queries.eq(EMPTY) & classes.ne(EMPTY)
+    assert torch.where(left_out, classes, queries).equal(classes)
+    if left_out.any():  # the ranges of queries may know more than the test does
+        dense = dense_tiles(dense_mask(bound.plan.mask, bound.binding), bound.tile)
+        assert not (dense.some & left_out).any()
+
+
+@pytest.mark.fuzz
+@given(strategies.bools(3), bindings(shortest=1), TILES, CHUNKS)
+def test_lists_are_those_of_the_bound_plan(mask, binding: Binding, tile, chunk) -> None:
+    check(BoundPlan(analyze(program_of(mask)), binding, tile), chunk)
+
+
+@pytest.mark.fuzz
+@given(strategies.bools(3, exact=False), bindings(shortest=1), TILES, CHUNKS)
+def test_no_tile_is_misjudged(mask, binding: Binding, tile, chunk) -> None:
+    bound = BoundPlan(analyze(program_of(mask)), binding, tile)
+    dense = dense_tiles(dense_mask(mask, binding, torch.float32), tile)
+    maker = ListMaker(bound, chunk, width=8)
+    for transposed, sides in ((False, (QUERIES, KEYS)), (True, (KEYS, QUERIES))):
+        classes = classes_of(maker.lists(*sides), bound, transposed=transposed)
+        classes = classes.expand(dense.some.shape)
+        assert not (dense.some & (classes == EMPTY)).any()
+        assert not (~dense.every & (classes == FULL)).any()
+
+
+def bound_of(text: str, tile=(8, 4), *, tensors=None, q_len=61, kv_len=61, **scalars) -> BoundPlan:
+    program = parse(text)[0]
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "q_len": q_len, "kv_len": kv_len}
+    sizes["head_dim"] = 16
+    binding = Binding(**sizes, scalars={**sizes, **scalars}, tensors=tensors or {})
+    return BoundPlan(analyze(program), binding, tile)
+
+
+DOCUMENTS = """
+attention documents(doc: int[batch, kv_len] sorted):
+    mask = q_idx >= kv_idx and doc[b, q_idx] == doc[b, kv_idx]
+"""
+
+
+def documents(*lengths: int) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+def test_documents() -> None:
+    bound = bound_of(DOCUMENTS, tensors={"doc": documents(20, 5, 30, 6)})
+    assert bound.plan.blocks is Blocks.LISTS
+    check(bound, 2)
+
+
+def test_causal_lists_take_half_the_room() -> None:
+    bound = bound_of(DOCUMENTS, (4, 4), tensors={"doc": documents(64)}, q_len=64, kv_len=64)
+    lists = ListMaker(bound).lists(QUERIES, KEYS)
+    assert lists.index.numel() == 16 * 17 // 2
+    assert lists.index.dtype == torch.int16
+
+
+def test_heavy_rows_come_first() -> None:
+    bound = bound_of(DOCUMENTS, tensors={"doc": documents(20, 5, 30, 6)})
+    lists = ListMaker(bound).lists(QUERIES, KEYS)
+    work = lists.full_count + lists.partial_count
+    assert (work.gather(-1, lists.order.long()).diff() <= 0).all()
+
+
+def test_nan_makes_a_tile_unknown() -> None:
+    text = """
+attention near(place: float[kv_len]):
+    mask = min(place[q_idx], 100.0) <= place[kv_idx]
+"""
+    place = torch.arange(61.0)
+    place[[3, 30]] = torch.nan
+    check(bound_of(text, tensors={"place": place}), 2)
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (1, 1)])
+def test_short_lengths(lengths) -> None:
+    q_len, kv_len = lengths
+    doc = torch.zeros((1, max(lengths)), dtype=torch.int64)[:, :kv_len]
+    bound = bound_of(DOCUMENTS, tensors={"doc": doc}, q_len=q_len, kv_len=kv_len)
+    lists = ListMaker(bound).lists(QUERIES, KEYS)
+    assert lists.partial_count.sum() == (1 if lengths == (1, 1) else 0)
