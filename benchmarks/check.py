@@ -213,9 +213,9 @@ def _placed(values: Tensor, layout: str, dtype: torch.dtype, device: str) -> Ten
             place = torch.full((batch, heads, length + 2, 2 * columns), **nan)
             place = place[:, :, :length, ::2]
         case "far":
-            rows = 2**31 // columns
-            place = torch.full((batch * rows, columns), **nan).view(batch, rows, columns)
-            place = place[:, : heads * length].unflatten(1, (heads, length))
+            strides = 2**31, length * columns, columns, 1
+            place = torch.full((2**31 * (batch - 1) + heads * length * columns,), **nan)
+            place = place.as_strided(values.shape, strides)
         case _:
             raise ValueError(layout)
     return place.copy_(values)
