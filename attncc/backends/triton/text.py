@@ -476,7 +476,10 @@ def _broken(line: str) -> list[str]:
     head, inner = line[: opening + 1], line[opening + 1 : len(line) - len(suffix)]
     if len(pad) + 4 + len(inner) <= WIDTH:
         return [head, f"{pad}    {inner}", f"{pad}{suffix}"]
-    lines = [part for arg in _arguments(inner) for part in _broken(f"{pad}    {arg},")]
+    arguments = _arguments(inner)
+    # A comma would make a tuple of a group, which nothing calls.
+    comma = "," if len(arguments) > 1 or re.search(r"[\w)\]]\($", head) else ""
+    lines = [part for arg in arguments for part in _broken(f"{pad}    {arg}{comma}")]
     return [head, *lines, f"{pad}{suffix}"]
 
 
