@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from attncc.backends.cpu import workers
-from attncc.backends.cpu.schedule import Group, Interval, Run, Strip
+from attncc.backends.cpu.schedule import Group, Interval, Run, Strip, union
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
 from attncc.ir.expr import Axis, Expr, Score, axes
 from attncc.ir.program import Normalize
 from attncc.tiles import BoundPlan
+
+T = TypeVar("T")
 
 BUDGET = 4 << 20
 """Bytes of scores computed at once, where one strip of one head is less.
@@ -26,7 +29,26 @@ is then a larger part.
 
 
 STRIPS = 4
-"""Strips whose masks are kept for other heads."""
+"""Strips whose masks are kept for other heads; threads may work on as many at a time."""
+
+CLEAR = 512
+"""Keys without a mask fewer than this are computed with their neighbours under one."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Keys start..stop of a run, all with a mask or all without.
+
+    mask:  0 where a pair is kept and -inf where not, to broadcast against [rows, members, queries,
+           keys]; None where all are kept.
+    empty: the rows that keep no key of the piece, likewise; None where there are none.
+    """
+
+    start: int
+    stop: int
+    mask: Tensor | None = None
+    empty: Tensor | None = None
+
 
 Dropped = tuple[tuple[slice, Tensor], ...]
 
@@ -44,8 +66,8 @@ class Problem:
     q: Tensor
     k: Tensor
     v: Tensor
-    kept: dict[int, Dropped] = field(default_factory=dict)
-    """Masks by their strip's start."""
+    kept: dict[tuple[int, str], Any] = field(default_factory=dict)
+    """Masks by their strip's start, and what they are for."""
 
     @staticmethod
     def of(
@@ -178,25 +200,61 @@ class Block:
     @cached_property
     def dropped(self) -> Dropped:
         """Columns that need the mask, and where it drops pairs."""
-        problem = self.problem
-        if axes(problem.bound.plan.mask) & (Axis.B | Axis.H):
-            return self._dropped()
-        known = problem.kept.get(self.strip.start)
+        return self._shared("dropped", self._dropped)
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All runs, cut into pieces with and without a mask."""
+        return self._shared("pieces", self._pieces)
+
+    def _shared(self, name: str, make: Callable[[], T]) -> T:
+        """What other heads' blocks of the same strip have made, where heads do not matter."""
+        kept = self.problem.kept
+        if axes(self.problem.bound.plan.mask) & (Axis.B | Axis.H):
+            return make()
+        known = kept.get((self.strip.start, name))
         if known is None:
-            known = problem.kept[self.strip.start] = self._dropped()
-            if len(problem.kept) > STRIPS:  # blocks of one strip come one after the other
-                problem.kept.pop(next(iter(problem.kept)), None)
-        return known
+            known = kept[self.strip.start, name] = make()
+            if len(kept) > STRIPS:  # blocks of one strip come one after the other
+                kept.pop(next(iter(kept)), None)
+        return cast(T, known)
+
+    def _drop(self, start: int, stop: int) -> Tensor:
+        mask = self.problem.bound.plan.mask
+        return ~evaluate_unchecked(mask, self.env(torch.arange(start, stop)))
 
     def _dropped(self) -> Dropped:
-        mask = self.problem.bound.plan.mask
+        return tuple(
+            (slice(start - run.start + columns.start, stop - run.start + columns.start), dropped)
+            for run, columns in self.runs()
+            for start, stop in run.masked
+            for dropped in [self._drop(start, stop)]
+        )
+
+    def _pieces(self) -> tuple[Piece, ...]:
         found = []
-        for run, columns in self.runs():
-            for start, stop in run.masked:
-                keep = evaluate_unchecked(mask, self.env(torch.arange(start, stop)))
-                offset = columns.start - run.start
-                found.append((slice(start + offset, stop + offset), ~keep))
+        for run in self.strip.runs:
+            at = run.start
+            for start, stop in union(run.masked, CLEAR):
+                # What is left of a run at either end is clear too, if it is worth a call.
+                start = start if start - at >= CLEAR else at
+                stop = stop if run.stop - stop >= CLEAR else run.stop
+                if at < start:
+                    found.append(Piece(at, start))
+                found.append(self._masked(start, stop))
+                at = stop
+            if at < run.stop:
+                found.append(Piece(at, run.stop))
         return tuple(found)
+
+    def _masked(self, start: int, stop: int) -> Piece:
+        dropped = self._drop(start, stop)
+        shape = [1] * (4 - dropped.dim()) + list(dropped.shape)
+        shape[2:] = self.strip.stop - self.strip.start, stop - start
+        dropped = dropped.expand(shape)
+        mask = torch.zeros(shape, dtype=self.problem.q.dtype).masked_fill_(dropped, -math.inf)
+        empty = dropped.all(-1)
+        return Piece(start, stop, mask, empty if bool(empty.any()) else None)
 
     def drop(self, x: Tensor, value: float) -> Tensor:
         """Writes a value over the pairs that the mask drops."""

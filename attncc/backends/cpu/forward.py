@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attncc.backends.cpu import workers
+from attncc.backends.cpu import fused, workers
 from attncc.backends.cpu.block import Block, Problem
 from attncc.ir.evaluate import evaluate_unchecked
 from attncc.ir.program import Normalize
@@ -21,6 +21,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q, v = problem.q, problem.v
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], -math.inf)
+    fuse = fused.can(problem)
     todo = sorted(problem.blocks(), key=lambda block: block.size)
 
     def work() -> None:
@@ -30,22 +31,33 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
                 block = todo.pop()  # heaviest first
             except IndexError:
                 return
-            _attend(block, buffers, out, lse)
+            _attend(block, buffers, fuse, out, lse)
 
     small = sum(block.size for block in todo) < SMALL
     workers.run([work] * (1 if small else min(workers.threads(), len(todo))))
     return out, lse
 
 
-def _attend(block: Block, buffers: Buffers, out: Tensor, lse: Tensor) -> None:
+def _attend(block: Block, buffers: Buffers, fuse: bool, out: Tensor, lse: Tensor) -> None:
     """Fills a block's part of out and lse."""
-    scores = block.modified(raw_scores(block, buffers("scores", block)))
-    if block.problem.softmax:
-        total = _softmax(block, block.drop(scores, -math.inf), lse)
-        mixed = _mix(block, scores).div_(total)
+    if fuse:
+        mixed, sums = fused.attend(block)
     else:
-        mixed = _mix(block, unnormalized(block, scores))
+        scores = block.modified(raw_scores(block, buffers("scores", block)))
+        if not block.problem.softmax:
+            block.queries(out).copy_(_mix(block, unnormalized(block, scores)))
+            return
+        sums = _softmax(block.drop(scores, -math.inf))
+        mixed = _mix(block, scores)
+    sink = sink_of(block)
+    if sink is not None:
+        alone, sums = (
+            sums,
+            torch.logaddexp(sums, sink[..., 0]).masked_fill_(sums == -math.inf, -math.inf),
+        )
+        mixed.mul_(torch.exp(alone - sums).nan_to_num_(0)[..., None])
     block.queries(out).copy_(mixed)
+    block.queries(lse).copy_(sums)
 
 
 class Buffers:
@@ -81,19 +93,15 @@ def sink_of(block: Block) -> Tensor | None:
     return None if sink is None else evaluate_unchecked(sink, block.env(torch.zeros(1)))
 
 
-def _softmax(block: Block, scores: Tensor, lse: Tensor) -> Tensor:
-    """Turns scores into exp(score - row's shift), fills lse, and returns each row's total."""
-    top = scores.amax(-1, keepdim=True)
-    sink = sink_of(block)
-    shift = top if sink is None else torch.maximum(top, sink)
-    shift = shift.masked_fill(shift == -math.inf, 0)
-    total = scores.sub_(shift).exp_().sum(-1, keepdim=True)
-    if sink is not None:
-        total += torch.exp(sink - shift)
+def _softmax(scores: Tensor) -> Tensor:
+    """Turns scores into weights in place, and returns each row's lse."""
+    top = scores.amax(-1)
     empty = top == -math.inf
-    total.masked_fill_(empty, 1)
-    block.queries(lse).copy_((shift + total.log()).masked_fill_(empty, -math.inf).squeeze(-1))
-    return total
+    torch._softmax(scores, -1, False, out=scores)
+    if bool(empty.any()):
+        scores.masked_fill_(empty[..., None], 0)
+    # The largest weight is exp(top - lse).
+    return (top - scores.amax(-1).log()).masked_fill_(empty, -math.inf)
 
 
 def _mix(block: Block, weights: Tensor) -> Tensor:

@@ -141,13 +141,13 @@ def _heads(bound: BoundPlan, table: Tensor) -> Iterator[tuple[int | None, int | 
 def _strip(bound: BoundPlan, number: int, visit: list[Interval], unmasked: list[Interval]) -> Strip:
     start = number * bound.tile[0]
     stop = min(start + bound.tile[0], bound.binding.q_len)
-    clear = _union(visit, GAP) if bound.plan.mask == TRUE else _union(unmasked, 0)
-    runs = (Run(lo, hi, tuple(_without(lo, hi, clear))) for lo, hi in _union(visit, GAP))
+    clear = union(visit, GAP) if bound.plan.mask == TRUE else union(unmasked, 0)
+    runs = (Run(lo, hi, tuple(_without(lo, hi, clear))) for lo, hi in union(visit, GAP))
     return Strip(start, stop, tuple(runs))
 
 
-def _union(intervals: Sequence[Interval], gap: int) -> list[Interval]:
-    """Sorted, with those that touch or lie fewer than `gap` apart joined."""
+def union(intervals: Sequence[Interval], gap: int) -> list[Interval]:
+    """The same keys, sorted, with those that touch or lie fewer than `gap` apart joined."""
     joined: list[Interval] = []
     for lo, hi in sorted(intervals):
         if joined and lo <= joined[-1][1] + max(gap - 1, 0):
