@@ -312,8 +312,8 @@ def _group(file: File, mods: BackwardMods, fold: Function, sums: list[str]) -> s
         body += walk_tiles(fold, state, "q_tile", *tiles.full, False, renamed)
     body += walk_tiles(fold, state, "q_tile", *tiles.partial, True, renamed)
     for name in sums:
-        body += "at = (b * heads + h).to(tl.int64) * kv_len + columns\n"
-        body += f"tl.store({name}_ptr + at, {name}, mask=columns < kv_len)\n"
+        at = "(b * heads + h).to(tl.int64) * kv_len + columns"
+        body += f"tl.store({name}_ptr + {at}, {name}, mask=columns < kv_len)\n"
     return body
 
 
@@ -348,8 +348,8 @@ def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
         body += walk_tiles(fold, state, "kv_tile", *tiles.full, False)
     body += walk_tiles(fold, state, "kv_tile", *tiles.partial, True) + "# -- store\n"
     for name in sums:
-        body += "at = bh.to(tl.int64) * q_len + rows\n"
-        body += f"tl.store({name}_ptr + at, {name}, mask=rows < q_len)\n"
+        at = "bh.to(tl.int64) * q_len + rows"
+        body += f"tl.store({name}_ptr + {at}, {name}, mask=rows < q_len)\n"
     body += _store("dq", "scale", "rows", "q_len", "BLOCK_M", "BLOCK_D", "HEAD_DIM", "h")
     return define("backward_q", args, body, kernel=True)
 

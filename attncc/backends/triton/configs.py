@@ -79,28 +79,31 @@ def _default_128(kernel: str, traits: Traits) -> tuple[int, int, int, int]:
 
 
 def _default_float32(kernel: str, shape: Shape) -> Config:
+    """Small tiles: full-precision products are unrolled, and compile in proportion to them."""
     block = 64 if shape.widest <= 64 else 32 if shape.widest <= 128 else 16
     match kernel:
         case "forward":
-            return Config(2 * block, block, 4, 2)
+            return Config(block, 32, 4, 2)
         case _:
-            return Config(block, block, 4, 1)
+            return Config(max(16, block // 2), max(16, block // 2), 4, 1)
 
 
 def _shrunk(kernel: str, config: Config, shape: Shape) -> Config:
     """Fewer stages, then smaller tiles, until shared memory suffices."""
-    while not fits(kernel, config, shape):
-        m, n, stages = config.block_m, config.block_n, config.num_stages
-        if stages > 1:
-            stages -= 1
-        elif m >= n and m > 16:
-            m //= 2
-        elif n > 16:
-            n //= 2
-        else:
-            break
-        config = Config(m, n, config.num_warps, stages)
+    while not fits(kernel, config, shape) and (less := smaller(config)):
+        config = less
     return config
+
+
+def smaller(config: Config) -> Config | None:
+    """The next schedule that takes less: a stage fewer, or half the longer side; None at last."""
+    m, n, stages = config.block_m, config.block_n, config.num_stages
+    if stages > 1:
+        return Config(m, n, config.num_warps, stages - 1)
+    if max(m, n) <= 16:
+        return None
+    m, n = (m // 2, n) if m >= n else (m, n // 2)
+    return Config(m, n, config.num_warps, stages)
 
 
 def shared_memory(kernel: str, config: Config, shape: Shape) -> int:

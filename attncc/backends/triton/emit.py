@@ -10,21 +10,28 @@ from typing import Any
 from attncc import cache
 from attncc.backends.triton import aot
 from attncc.backends.triton.backward import backward_source
+from attncc.backends.triton.classify import lists_source
 from attncc.backends.triton.configs import KERNELS, Config, Shape, default, padded
 from attncc.backends.triton.forward import forward_source
 from attncc.backends.triton.launch import traits
+from attncc.backends.triton.lists import CHUNK, LIST_WARPS, SUMMARY_WARPS, WIDTH
 from attncc.backends.triton.lower import lower
 from attncc.backends.triton.sections import Spec
 from attncc.backends.triton.text import Names
 from attncc.errors import ArgumentError, suggest
 from attncc.ir.expr import ScalarParam, TensorParam
 from attncc.ir.ops import Kind
-from attncc.ir.plan import Plan
+from attncc.ir.plan import Blocks, Plan
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's names of the dtypes of q, k and v, and their bytes."""
-DELTA = Config(64, 64, 4, 3)
-"""The schedule of the kernel before the backward's, which streams its inputs once."""
+FIXED = {
+    "delta": Config(64, 64, 4, 3),
+    "summarize": Config(128, 128, SUMMARY_WARPS, 1),
+    "key_lists": Config(128, 128, LIST_WARPS, 1),
+    "query_lists": Config(128, 128, LIST_WARPS, 1),
+}
+"""Schedules of the kernels that are not tuned."""
 POINTERS = {Kind.BOOL: "*i1", Kind.INT: "*i64", Kind.FLOAT: "*fp32"}
 NUMBERS = {Kind.BOOL: "u1", Kind.INT: "i32", Kind.FLOAT: "fp32"}
 
@@ -60,18 +67,26 @@ def spec(plan: Plan, dtype: str, target: aot.Target) -> Spec:
 
 def sources(found: Spec) -> dict[str, str]:
     """The text of each kernel file, by its name without the suffix."""
-    return {
+    texts = {
         f"{found.name}_forward": forward_source(found),
         f"{found.name}_backward": backward_source(found),
     }
+    if found.lowering.plan.blocks is Blocks.LISTS:
+        texts[f"{found.name}_lists"] = lists_source(found)
+    return texts
 
 
-def compile_all(plan: Plan, call: Call, target: aot.Target) -> Iterator[Row]:
-    """Compile every kernel of the plan for a target, each with its default schedule."""
+def compile_all(plan: Plan, call: Call, target: aot.Target, only: str = "") -> Iterator[Row]:
+    """Compile every kernel of the plan for a target, each with its default schedule.
+
+    only: of the file whose name ends so: "forward", "backward" or "lists".
+    """
     found = spec(plan, call.dtype, target)
     for stem, text in sources(found).items():
+        if not stem.endswith(only):
+            continue
         module = cache.load_module(cache.write_source(stem, text))
-        for name in ("delta", *KERNELS):
+        for name in (*FIXED, *KERNELS):
             if hasattr(module, name):
                 yield _compile(found, module, name, call, target)
 
@@ -81,7 +96,7 @@ def _compile(found: Spec, module: ModuleType, name: str, call: Call, target: aot
     shape = Shape(
         padded(call.head_dim), padded(call.value_dim), DTYPES[call.dtype], target.shared_limit
     )
-    config = DELTA if name == "delta" else default(name, shape, traits(found.lowering.plan))
+    config = FIXED[name] if name in FIXED else default(name, shape, traits(found.lowering.plan))
     signature = _signature(found, call, config)
     constants = {**_constants(call, config), **_unit_strides(found)}
     names = kernel.arg_names
@@ -112,15 +127,20 @@ def _constants(call: Call, config: Config) -> dict[str, Any]:
         "BLOCK_D": padded(call.head_dim),
         "BLOCK_DV": padded(call.value_dim),
         "HAS_DLSE": False,
+        "CHUNK": CHUNK,
+        "WIDTH": WIDTH,
     }
 
 
 def _signature(found: Spec, call: Call, config: Config) -> dict[str, str]:
     """Triton's type of every argument that a kernel file may name."""
-    ints = (*_SIZES, "q_tiles", "kv_tiles", "swizzle")
+    ints = (*_SIZES, "q_tiles", "kv_tiles", "q_entries", "kv_entries", "list_size", "swizzle")
     lists = ("index", "full_count", "partial_count", "order")
     types = dict.fromkeys(ints, "i32") | {"scale": "fp32"}
     types |= {f"{name}_ptr": "*i32" for name in lists} | {"index_ptr": "*i16", "start_ptr": "*i64"}
+    for side in ("q", "kv"):
+        types |= {f"{side}_int_ptr": "*i64", f"{side}_float_ptr": "*fp32"}
+        types |= {f"{side}_stride_{of}": "i32" for of in ("b", "h", "term")}
     types |= {f"{name}_ptr": "*fp32" for name in ("lse", "dlse", "delta")}
     for name in _INPUTS:
         types[f"{name}_ptr"] = f"*{call.dtype}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from attncc import cache
 from attncc.backends.triton.backward import backward_source
 from attncc.backends.triton.classify import lists_source
+from attncc.backends.triton.configs import Config
 from attncc.backends.triton.forward import forward_source
 from attncc.backends.triton.lower import lower
 from attncc.backends.triton.sections import Spec
@@ -22,6 +24,8 @@ class Kernel:
 
     function: Any
     arguments: tuple[str, ...]
+    fitted: dict[Hashable, Config] = field(default_factory=dict, compare=False)
+    """Schedules too large for the GPU, with the call's shape, and the ones used instead."""
 
 
 @lru_cache(maxsize=256)

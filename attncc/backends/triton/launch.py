@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attncc.backends.triton import kernels
 from attncc.backends.triton.arguments import Values, captured
-from attncc.backends.triton.configs import Config, Shape, Traits, default, padded
+from attncc.backends.triton.configs import Config, Shape, Traits, default, padded, smaller
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lists import key_lists, query_lists
 from attncc.backends.triton.lower import Gradient, Reduction, lower
@@ -206,19 +206,46 @@ def launch(kernel: Kernel, grid: tuple[int, ...], values: Values, config: Config
     kernel.function[grid](**{name: values[name] for name in kernel.arguments}, **options)
 
 
+def fitting(
+    run: Run, kernel: Kernel, config: Config, shape: Shape, attempt: Callable[[Config], None]
+) -> None:
+    """Makes an attempt with a default schedule, or with the next smaller one that the GPU takes.
+
+    A program's own loads take shared memory that no estimate knows. A schedule that was asked for
+    is tried as it is.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    found: Config | None = kernel.fitted.get((config, shape), config)
+    while found is not None:
+        try:
+            attempt(found)
+        except OutOfResources:
+            found = None if run.configs else smaller(found)
+            if found is None:
+                raise
+            kernel.fitted[config, shape] = found
+        else:
+            return
+
+
 def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Q, Dv] laid out as q is, and lse [B, Hq, Q] float32, unwritten if not softmax."""
     q, k, v = map(unit_rows, (q, k, v))
     spec = run.spec(q, k, v)
-    config = run.config("forward", q, v)
     out = _like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    values = common(run, spec, q, v)
-    grid = tiled(run, values, "q", config, run.bound.binding.heads)
-    inputs(values, spec, config, q=q, k=k, v=v)
-    strided(values, "out", out)
-    values["lse_ptr"] = lse
-    launch(kernels.forward(spec)["forward"], (grid,), values, config)
+    kernel = kernels.forward(spec)["forward"]
+
+    def attempt(config: Config) -> None:
+        values = common(run, spec, q, v)
+        grid = tiled(run, values, "q", config, run.bound.binding.heads)
+        inputs(values, spec, config, q=q, k=k, v=v)
+        strided(values, "out", out)
+        values["lse_ptr"] = lse
+        launch(kernel, (grid,), values, config)
+
+    fitting(run, kernel, run.config("forward", q, v), shape_of(q, v), attempt)
     return out, lse
 
 
@@ -273,17 +300,21 @@ def backward(
     if spec.lowering.softmax:
         _launch_delta(loaded["delta"], values, dout, dlse)
     buffers = _buffers(run, spec, values, lse)
-    for kernel, side, heads in (
+    pairs = any(_is_pair(gradient) for gradient in spec.lowering.gradients)
+    for name, side, heads in (
         ("backward_kv", "kv", binding.kv_heads),
         ("backward_q", "q", binding.heads),
     ):
-        config = run.config(kernel, q, v)
-        mine = dict(values)
-        grid = tiled(run, mine, side, config, heads)
-        inputs(mine, spec, config, q=q, k=k, v=v, dout=dout)
-        if side == "q" and run.deterministic and any(_is_pair(g) for g in spec.lowering.gradients):
-            launch(loaded[kernel], (grid,), {**mine, "FIXED_POINT": 1}, config)
-        launch(loaded[kernel], (grid,), mine, config)
+
+        def attempt(config: Config, name: str = name, side: str = side, heads: int = heads) -> None:
+            mine = dict(values)
+            grid = tiled(run, mine, side, config, heads)
+            inputs(mine, spec, config, q=q, k=k, v=v, dout=dout)
+            if side == "q" and run.deterministic and pairs:
+                launch(loaded[name], (grid,), {**mine, "FIXED_POINT": 1}, config)
+            launch(loaded[name], (grid,), mine, config)
+
+        fitting(run, loaded[name], run.config(name, q, v), shape_of(q, v), attempt)
     captured = _captured(run, spec, values, buffers)
     if spec.lowering.sink is not None:
         _add_sink(run, captured, lse, values["delta_ptr"])

@@ -14,7 +14,7 @@ from attncc.backends.triton import kernels
 from attncc.backends.triton.arguments import Values, captured
 from attncc.backends.triton.classify import KEYS, QUERIES, Side, bounded
 from attncc.backends.triton.kernels import Kernel
-from attncc.backends.triton.terms import Term, Test, tile_test
+from attncc.backends.triton.terms import Test, tile_test
 from attncc.binding import Binding, Number
 from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import Axis, Expr, axes
@@ -26,6 +26,9 @@ CHUNK = 128
 """Tiles tested at once, by one warp, and skipped at once where their common test says so."""
 WIDTH = 1024
 """Positions read at once for a chunk's summary."""
+SUMMARY_WARPS = 4
+LIST_WARPS = 1
+"""One warp scans without a barrier, and many rows fit on a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class ListMaker:
 
     def __init__(self, bound: BoundPlan, chunk: int = CHUNK, width: int = WIDTH) -> None:
         self.bound = bound
+        self.test = test_of(bound.plan)
         self.chunk = chunk
         self.width = width
         self.made: dict[str, Lists] = {}
@@ -116,7 +120,7 @@ class ListMaker:
                 "partial_count_ptr": partial_count,
                 "list_size": size,
             }
-            self._start(f"{columns.one}_lists", (shape[2], *outer), values, warps=1)
+            self._start(f"{columns.one}_lists", (shape[2], *outer), values, LIST_WARPS)
         work = full_count + partial_count
         order = work.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
         return Lists(index, start, full_count, partial_count, order)
@@ -130,7 +134,7 @@ class ListMaker:
         """What every kernel may name; makes the summaries where they are not made yet."""
         if self.summaries is None:
             self.summaries = self._empty_summaries()
-            if test_of(self.bound.plan).terms:
+            if self.test.terms:
                 self._summarize()
         return self._arguments(self.summaries)
 
@@ -160,27 +164,20 @@ class ListMaker:
 
     def _summarize(self) -> None:
         assert self.summaries is not None
-        terms = test_of(self.bound.plan).terms
-        varies = Axis.NONE
-        for term in terms:
-            varies |= axes(term.expr)
-        used = {term.summary.axis for term in terms}
-        entries = sum(
-            self.summaries[side.at].ints.shape[3] for side in (QUERIES, KEYS) if side.axis in used
-        )
+        varies = self.test.varies(Axis.Q) | self.test.varies(Axis.KV)
+        read = [side for side in (QUERIES, KEYS) if self.test.of(side.axis)]
+        entries = sum(self.summaries[side.at].ints.shape[3] for side in read)
         grid = (entries, *_outer(self.bound.binding, varies))
-        self._start("summarize", grid, self._arguments(self.summaries), warps=4)
+        self._start("summarize", grid, self._arguments(self.summaries), SUMMARY_WARPS)
 
     def _empty_summaries(self) -> dict[str, Summaries]:
-        test = test_of(self.bound.plan)
-        return {side.at: self._empty(side, test.of(side.axis)) for side in (QUERIES, KEYS)}
+        return {side.at: self._empty(side) for side in (QUERIES, KEYS)}
 
-    def _empty(self, side: Side, terms: tuple[Term, ...]) -> Summaries:
-        varies = Axis.NONE
-        for term in terms:
-            varies |= axes(term.expr)
+    def _empty(self, side: Side) -> Summaries:
+        terms = self.test.of(side.axis)
         tiles = self._tiles(side)
-        shape = (*_outer(self.bound.binding, varies), tiles + -(-tiles // self.chunk))
+        entries = tiles + -(-tiles // self.chunk)
+        shape = (*_outer(self.bound.binding, self.test.varies(side.axis)), entries)
         floats = sum(term.kind is Kind.FLOAT for term in terms)
         device = self.bound.binding.device
         return Summaries(
@@ -207,9 +204,8 @@ def room(bound: BoundPlan, rows: Side, columns: Side) -> int:
     """Elements of the index for one (b, h): what all rows may visit, as far as the host knows."""
     test = test_of(bound.plan)
     segment = test.keys if columns is KEYS else test.queries
-    tiles = [bound.q_tiles, bound.kv_tiles]
     if not bounded(segment):
-        return tiles[0] * tiles[1]
+        return bound.q_tiles * bound.kv_tiles
     binding = bound.binding
     tile = bound.tile if rows is QUERIES else bound.tile[::-1]
     lengths = (binding.batch, binding.heads, binding.kv_heads, binding.q_len, binding.kv_len)

@@ -19,7 +19,7 @@ from attncc.backends.triton.text import (
     indented,
     laid_out,
 )
-from attncc.ir.expr import SIZES, Axis, Const, Expr, Load, ScalarParam, TensorParam, walk
+from attncc.ir.expr import SIZES, Axis, Const, Expr, Load, Scalar, ScalarParam, TensorParam, walk
 from attncc.ir.plan import Blocks, Order, Ranges, Segment
 from attncc.ir.show import show, show_program
 
@@ -289,6 +289,9 @@ def _tiles(
         lo, hi = (f"{name}_{end}" + (f"_{at}" if len(segments) > 1 else "") for end in ("lo", "hi"))
         before, (lo_text, hi_text) = file.printer.body((segment.lo, segment.hi))
         lines += before
+        lo_text, hi_text = (
+            _narrow(text, expr) for text, expr in ((lo_text, segment.lo), (hi_text, segment.hi))
+        )
         if outward:
             first, end = f"{_grouped(lo_text)} // {block}", f"tl.cdiv({hi_text}, {block})"
         else:
@@ -298,6 +301,14 @@ def _tiles(
     if len(segments) == 2:
         lines += _ordered(*result)
     return result
+
+
+def _narrow(text: str, expr: Expr) -> str:
+    """Text of 32 bits: arguments and captured tensors may be wider, but no end is."""
+    wide = any(
+        isinstance(n, Load) or (isinstance(n, Scalar) and n.param not in SIZES) for n in walk(expr)
+    )
+    return f"{_grouped(text)}.to(tl.int32)" if wide else text
 
 
 def _grouped(text: str) -> str:

@@ -16,6 +16,7 @@ from attncc.ir.expr import (
     Scalar,
     ScalarParam,
     apply,
+    axes,
     conjunction,
     disjunction,
     rebuild,
@@ -61,6 +62,13 @@ class Test:
     def of(self, axis: Axis) -> tuple[Term, ...]:
         """The terms of one token axis."""
         return tuple(term for term in self.terms if term.summary.axis is axis)
+
+    def varies(self, axis: Axis) -> Axis:
+        """What the terms of one token axis vary with."""
+        found = Axis.NONE
+        for summary in dict.fromkeys(term.summary for term in self.of(axis)):
+            found |= axes(summary.expr)
+        return found
 
 
 def tile_test(plan: Plan) -> Test:
