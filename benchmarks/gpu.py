@@ -65,13 +65,14 @@ def _measured(row: Row, device: torch.device, asked: argparse.Namespace) -> dict
 
 def _warm_up(rows: list[Row], workers: int) -> None:
     """Fills the compilers' caches on disk, many rows at a time."""
-    for outcome in outcomes(_compiled, rows, min(workers, len(rows)), seconds=120):
+    numbers = [ROWS.index(row) for row in rows]  # rows hold functions, which do not travel
+    for outcome in outcomes(_compiled, numbers, min(workers, len(rows)), seconds=120):
         if outcome.error:
             print(f"{rows[outcome.task].name}: {outcome.error}", flush=True)
 
 
-def _compiled(row: Row) -> None:
-    contest.contest(row, torch.device("cuda"))
+def _compiled(number: int) -> None:
+    contest.contest(ROWS[number], torch.device("cuda"))
     contest.freed()
 
 
