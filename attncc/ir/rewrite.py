@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from attncc.ir.expr import Apply, Expr, apply, children, rebuild
 from attncc.ir.ops import Op
@@ -14,15 +14,15 @@ Rules = Mapping[Op, Sequence[Rule]]
 """The rules of each operator, tried in order until none applies."""
 
 
-def postorder(expr: Expr) -> Iterator[Expr]:
-    """Every distinct node object, children before parents."""
+def postorder(expr: Expr, skip: Container[int] = ()) -> Iterator[Expr]:
+    """Every distinct node object, children before parents; nothing at or below ids in `skip`."""
     seen: set[int] = set()
     stack = [(expr, False)]
     while stack:
         node, ready = stack.pop()
         if ready:
             yield node
-        elif id(node) not in seen:
+        elif id(node) not in seen and id(node) not in skip:
             seen.add(id(node))
             stack.append((node, True))
             stack.extend((child, False) for child in reversed(children(node)))
@@ -41,10 +41,9 @@ class Rewriter:
 
     def __call__(self, expr: Expr) -> Expr:
         """The expression with every rule applied everywhere."""
-        for node in postorder(expr):
-            if id(node) not in self.done:
-                parts = tuple(self.done[id(child)][1] for child in children(node))
-                self._remember(node, self._settle(rebuild(node, parts)))
+        for node in postorder(expr, skip=self.done):
+            parts = tuple(self.done[id(child)][1] for child in children(node))
+            self._remember(node, self._settle(rebuild(node, parts)))
         return self.done[id(expr)][1]
 
     def make(self, op: Op, *args: Expr) -> Expr:

@@ -20,6 +20,8 @@ from attncc.passes.simplify import RULES
 
 MOST = 2
 """Segments a kernel loops over; more become one hull."""
+LONGEST = 24
+"""Literals of a conjunction that are looked at; the rest is left out."""
 
 
 def infer_ranges(plan: Plan) -> Plan:
@@ -46,6 +48,7 @@ class _Found:
 
 
 NOTHING = Piece(guard=FALSE)
+IGNORED = _Found(Piece(), NOTHING, tight=False)
 
 
 class _Finder:
@@ -83,8 +86,8 @@ class _Finder:
     def _conjunct(self, conjunct: Conjunct) -> tuple[Piece, Piece, list[Expr]]:
         visit, unmasked = Piece(), Piece()
         loose: list[Expr] = []
-        for literal in conjunct:
-            found = self._literal(literal)
+        for number, literal in enumerate(conjunct):
+            found = self._literal(literal) if number < LONGEST else IGNORED
             visit = self._both(visit, found.visit)
             unmasked = self._both(unmasked, found.unmasked)
             if not found.tight:
@@ -101,12 +104,12 @@ class _Finder:
         if not any(axes(atom) & self.position.axes for atom in literal.form.terms):
             return self._guard(apply(ops.LE, literal.form.expr(), ZERO))
         limit = isolate(literal.form, self.position)
-        return _Found(Piece(), NOTHING, False) if limit is None else self._limit(limit)
+        return IGNORED if limit is None else self._limit(limit)
 
     def _guard(self, literal: Expr) -> _Found:
         """A bool that does not read the position: all positions or none."""
         if axes(literal) & self.position.axes:
-            return _Found(Piece(), NOTHING, False)
+            return IGNORED
         bounds = self._bounder(frozenset())(self.simplify(literal))
         assert bounds.lo is not None and bounds.hi is not None, "bools have both"
         tight = bounds.lo is bounds.hi or self._is_threshold(self.simplify(literal))

@@ -34,6 +34,8 @@ TOKENS = Axis.Q | Axis.KV
 ZERO = Const(0)
 SPLITS = 4
 """Case splits tried per `or`; each costs two summaries a tensor."""
+OPERANDS = 8
+"""Longer unions are not split: it would take their length squared."""
 BIG = Const(2**30)
 """Stands in for positions left out of a minimum; any value would be sound."""
 
@@ -131,7 +133,7 @@ class _Finder:
         found = [self.bounds(part) for part in parts]
         must = self._fold(expr.op, [part.lo for part in found])
         may = self._fold(expr.op, [part.hi for part in found])
-        if expr.op is ops.OR:
+        if expr.op is ops.OR and len(parts) <= OPERANDS:
             must = self._fold(ops.OR, [must, *self._covered(parts)])
         return Interval(must, may)
 

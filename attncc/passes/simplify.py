@@ -320,10 +320,14 @@ def redundant_limit(node: Apply) -> Expr | None:
     return _same_kind(node, y) if FACTS.at_most(large, small) else None
 
 
+LONGEST = 12
+"""Operands of a chain that are compared each with each."""
+
+
 def nested_limit(node: Apply) -> Expr | None:
     """min(min(x, 3), 5) => min(x, 3); any operand of the chain that another one makes needless."""
     parts = list(flatten(node.op, node))
-    if len(parts) < 3 or node.kind is not Kind.INT:
+    if not 3 <= len(parts) <= LONGEST or node.kind is not Kind.INT:
         return None
     for i, one in enumerate(parts):
         for j, two in enumerate(parts):
