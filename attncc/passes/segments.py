@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attncc.ir import ops
@@ -140,9 +140,8 @@ class Merger:
         return Piece(one.lows, (self.make(ops.MAX, first.hi, second.hi),)) if meets else None
 
 
-def _needed(parts: tuple[Expr, ...], implies: object) -> tuple[Expr, ...]:
+def _needed(parts: tuple[Expr, ...], implies: Callable[[Expr, Expr], bool]) -> tuple[Expr, ...]:
     """The parts without repeats and without those that another part implies."""
-    assert callable(implies)
     kept: list[Expr] = []
     for part in parts:
         if any(implies(other, part) for other in kept):
