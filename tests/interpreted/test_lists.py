@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncc.backends.triton.classify import KEYS, QUERIES
@@ -16,6 +16,8 @@ from tests.cases import bindings, dense_mask, dense_tiles
 
 TILES = st.tuples(st.sampled_from((1, 4, 8)), st.sampled_from((2, 4, 16)))
 CHUNKS = st.sampled_from((2, 4, 16))
+FEWER = settings(max_examples=max(15, settings.default.max_examples // 4))
+"""The interpreter takes a second for a program."""
 
 
 def program_of(mask) -> Program:
@@ -60,12 +62,14 @@ def check(bound: BoundPlan, chunk: int) -> None:
 
 
 @pytest.mark.fuzz
+@FEWER
 @given(strategies.bools(3), bindings(shortest=1), TILES, CHUNKS)
 def test_lists_are_those_of_the_bound_plan(mask, binding: Binding, tile, chunk) -> None:
     check(BoundPlan(analyze(program_of(mask)), binding, tile), chunk)
 
 
 @pytest.mark.fuzz
+@FEWER
 @given(strategies.bools(3, exact=False), bindings(shortest=1), TILES, CHUNKS)
 def test_no_tile_is_misjudged(mask, binding: Binding, tile, chunk) -> None:
     bound = BoundPlan(analyze(program_of(mask)), binding, tile)

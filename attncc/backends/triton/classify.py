@@ -177,10 +177,14 @@ def term_values(file: ListFile, side: Side) -> Function:
     lines, texts = file.printer.body(exprs)
     text = dict(zip(exprs, texts, strict=True))
     values = []
+    for expr in exprs:
+        if not text[expr].isidentifier():
+            lines.append(f"t{len(lines)} = {text[expr]}")
+            text[expr] = f"t{len(lines) - 1}"
     for term in terms:
         value = text[term.expr]
         if term.kind is Kind.BOOL:
-            value = f"({value}).to(tl.int64)"
+            value = f"{value}.to(tl.int64)"
         elif term.kind is Kind.FLOAT:
             unknown = f'float("{"-" if term.low else ""}inf")'
             value = f"tl.where({value} == {value}, {value}, {unknown})"

@@ -278,11 +278,11 @@ class _Body:
             case Scalar(param):
                 own = param is SCALE
                 name = param.name if own else self.printer.names[param.name]
-                return (f"({name} != 0)" if param.kind is Kind.BOOL else name), P_ATOM
+                return (f"{name} != 0", P_COMPARE) if param.kind is Kind.BOOL else (name, P_ATOM)
             case Score():
                 return "score", P_ATOM
             case Load():
-                return self._load(expr), P_ATOM
+                return self._load(expr), P_COMPARE if expr.tensor.kind is Kind.BOOL else P_ATOM
             case Apply():
                 return self._apply(expr)
             case _:
@@ -312,7 +312,7 @@ class _Body:
             case Kind.FLOAT:
                 return f"{read}({where}).to(tl.float32)"
             case Kind.BOOL:
-                return f"({read}({where}) != 0)"
+                return f"{read}({where}) != 0"
             case _:
                 assert_never(load.tensor.kind)
 
@@ -438,7 +438,7 @@ def _closed(text: str) -> bool:
 def _literal(value: bool | int | float) -> tuple[str, int]:
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")', P_ATOM
-    return repr(value), P_UNARY if value < 0 else P_ATOM
+    return repr(value).replace("e+", "e"), P_UNARY if value < 0 else P_ATOM
 
 
 def _repeated(outputs: Sequence[Expr]) -> set[Expr]:
