@@ -88,9 +88,12 @@ def unnormalized(block: Block, scores: Tensor) -> Tensor:
 
 
 def sink_of(block: Block) -> Tensor | None:
-    """The sink of the block's heads, to broadcast against [rows, members, queries, 1]."""
+    """The sink of the block's heads, four axes to broadcast against [rows, members, queries, 1]."""
     sink = block.problem.bound.plan.program.sink
-    return None if sink is None else evaluate_unchecked(sink, block.env(torch.zeros(1)))
+    if sink is None:
+        return None
+    value = evaluate_unchecked(sink, block.env(torch.zeros(1, dtype=torch.int64)))
+    return value[(None,) * (4 - value.dim())]
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -83,23 +83,23 @@ def _parts(block: Block) -> Iterator[tuple[Tensor, Tensor]]:
             x[slice(*block.rows), None, piece.start : piece.stop].expand(-1, q.shape[1], -1, -1)
             for x in (problem.k, problem.v)
         )
-        out, lse = flash(q, k, v, attn_mask=_bias(block, piece, rest), scale=problem.scale)
-        if piece.empty is not None:
-            out.masked_fill_(piece.empty[..., None], 0)
-            lse.masked_fill_(piece.empty, -math.inf)
+        mask, empty = (piece.mask, piece.empty) if rest == ZERO else _bias(block, piece, rest)
+        out, lse = flash(q, k, v, attn_mask=mask, scale=problem.scale)
+        if empty is not None:
+            out.masked_fill_(empty[..., None], 0)
+            lse.masked_fill_(empty, -math.inf)
         yield out, lse
 
 
-def _bias(block: Block, piece: Piece, rest: Expr) -> Tensor | None:
-    """What is added to the scores of a piece, -inf at dropped pairs."""
-    if rest == ZERO:
-        return piece.mask
+def _bias(block: Block, piece: Piece, rest: Expr) -> tuple[Tensor, Tensor]:
+    """What is added to the scores of a piece, -inf at dropped pairs; and the rows it empties."""
     keys = torch.arange(piece.start, piece.stop)
     bias = evaluate_unchecked(rest, block.env(keys))
     bias = bias.expand(torch.broadcast_shapes(bias.shape, (1, 1, *block.shape[2:3], len(keys))))  # type: ignore[no-untyped-call]
-    if piece.mask is None:
-        return bias.contiguous()
-    return torch.where(piece.mask == 0, bias, piece.mask)
+    bias = (
+        bias.contiguous() if piece.mask is None else torch.where(piece.mask == 0, bias, piece.mask)
+    )
+    return bias, bias.amax(-1) == -math.inf
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
