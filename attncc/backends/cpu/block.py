@@ -66,8 +66,8 @@ class Problem:
     q: Tensor
     k: Tensor
     v: Tensor
-    kept: dict[tuple[int, str], Any] = field(default_factory=dict)
-    """Masks by their strip's start, and what they are for."""
+    kept: dict[tuple[int, int, str], Any] = field(default_factory=dict)
+    """Masks by their strip's start, their batch, and what they are for."""
 
     @staticmethod
     def of(
@@ -116,21 +116,24 @@ class Problem:
         }
         return Env(positions, binding.scalars, self.tensors, dtype=self.q.dtype)
 
-    def blocks(self, rows: Interval | None = None) -> Iterator[Block]:
-        """All blocks of a range of rows, by default of all; each fits the budget if it can."""
+    def blocks(self, rows: Interval | None = None, fused: bool = False) -> Iterator[Block]:
+        """All blocks of a range of rows, by default of all; scores fit the budget if they can.
+
+        fused: for a kernel that keeps no scores.
+        """
         first, last = (0, len(self.q)) if rows is None else rows
         for group in self.groups:
             own = max(first, group.rows[0]), min(last, group.rows[1])
             for strip in group.strips:
                 if strip.runs and own[0] < own[1]:
-                    yield from self._blocks(group, strip, own)
+                    yield from self._blocks(group, strip, own, fused)
 
-    def _blocks(self, group: Group, strip: Strip, rows: Interval) -> Iterator[Block]:
+    def _blocks(self, group: Group, strip: Strip, rows: Interval, fused: bool) -> Iterator[Block]:
         members = group.members[1] - group.members[0]
         queries = members * (strip.stop - strip.start)
         fit = BUDGET // (queries * strip.width * self.q.element_size())
         fair = math.ceil((rows[1] - rows[0]) / workers.threads())
-        step = max(1, min(fit, fair))
+        step = max(1, fair if fused else min(fit, fair))
         for start in range(*rows, step):
             yield Block(self, strip, (start, min(start + step, rows[1])), group.members)
 
@@ -210,25 +213,42 @@ class Block:
     def _shared(self, name: str, make: Callable[[], T]) -> T:
         """What other heads' blocks of the same strip have made, where heads do not matter."""
         kept = self.problem.kept
-        if axes(self.problem.bound.plan.mask) & (Axis.B | Axis.H):
+        varies = axes(self.problem.bound.plan.mask)
+        first, last = (row // self.problem.bound.binding.kv_heads for row in self._ends)
+        if varies & Axis.H or (varies & Axis.B and first != last):
             return make()
-        known = kept.get((self.strip.start, name))
+        key = self.strip.start, first if varies & Axis.B else 0, name
+        known = kept.get(key)
         if known is None:
-            known = kept[self.strip.start, name] = make()
+            known = kept[key] = make()
             if len(kept) > STRIPS:  # blocks of one strip come one after the other
                 kept.pop(next(iter(kept)), None)
         return cast(T, known)
 
-    def _drop(self, start: int, stop: int) -> Tensor:
+    @property
+    def _ends(self) -> Interval:
+        """The first row and the last."""
+        return self.rows[0], self.rows[1] - 1
+
+    def _keep(self, start: int, stop: int) -> Tensor:
+        """The mask at some keys, [rows | 1, members | 1, queries | 1, keys | 1]."""
         mask = self.problem.bound.plan.mask
-        return ~evaluate_unchecked(mask, self.env(torch.arange(start, stop)))
+        keep = evaluate_unchecked(mask, self.env(torch.arange(start, stop)))
+        keep = keep[(None,) * (4 - keep.dim())]
+        return keep if axes(mask) & (Axis.B | Axis.H) != Axis.B else self._one_batch(keep)
+
+    def _one_batch(self, keep: Tensor) -> Tensor:
+        """One row for all where rows differ by their head alone."""
+        binding = self.problem.bound.binding
+        first, last = (row // binding.kv_heads for row in self._ends)
+        return keep[:1] if first == last else keep
 
     def _dropped(self) -> Dropped:
         return tuple(
             (slice(start - run.start + columns.start, stop - run.start + columns.start), dropped)
             for run, columns in self.runs()
             for start, stop in run.masked
-            for dropped in [self._drop(start, stop)]
+            for dropped in [~self._keep(start, stop)]
         )
 
     def _pieces(self) -> tuple[Piece, ...]:
@@ -241,19 +261,25 @@ class Block:
                 stop = stop if run.stop - stop >= CLEAR else run.stop
                 if at < start:
                     found.append(Piece(at, start))
-                found.append(self._masked(start, stop))
+                found.append(self._masked(run, start, stop))
                 at = stop
             if at < run.stop:
                 found.append(Piece(at, run.stop))
         return tuple(found)
 
-    def _masked(self, start: int, stop: int) -> Piece:
-        dropped = self._drop(start, stop)
-        shape = [1] * (4 - dropped.dim()) + list(dropped.shape)
-        shape[2:] = self.strip.stop - self.strip.start, stop - start
-        dropped = dropped.expand(shape)
-        mask = torch.zeros(shape, dtype=self.problem.q.dtype).masked_fill_(dropped, -math.inf)
-        empty = dropped.all(-1)
+    def _masked(self, run: Run, start: int, stop: int) -> Piece:
+        """A piece with its mask, which is evaluated only where the schedule says it must be."""
+        zero = torch.zeros((), dtype=self.problem.q.dtype)
+        parts = [
+            (lo, hi, torch.where(self._keep(lo, hi), zero, -math.inf))
+            for lo, hi in run.masked
+            if start <= lo and hi <= stop
+        ]
+        heads = parts[0][2].shape[:2]
+        mask = zero.new_zeros(*heads, self.strip.stop - self.strip.start, stop - start)
+        for lo, hi, part in parts:
+            mask[..., lo - start : hi - start] = part
+        empty = mask.amax(-1) == -math.inf
         return Piece(start, stop, mask, empty if bool(empty.any()) else None)
 
     def drop(self, x: Tensor, value: float) -> Tensor:

@@ -22,7 +22,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], -math.inf)
     fuse = fused.can(problem)
-    todo = sorted(problem.blocks(), key=lambda block: block.size)
+    todo = sorted(problem.blocks(fused=fuse), key=lambda block: block.size)
 
     def work() -> None:
         buffers = Buffers(q)
