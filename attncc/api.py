@@ -19,7 +19,14 @@ from attncc.errors import ArgumentError
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
 from attncc.passes import analyze
-from attncc.plans import CallPlan, PlanCache, lengths, mask_arguments
+from attncc.plans import (
+    CallCache,
+    CallPlan,
+    PlanCache,
+    call_key,
+    lengths,
+    mask_arguments,
+)
 from attncc.settings import Debug, settings
 from attncc.tiles import BoundPlan
 
@@ -204,6 +211,20 @@ class Attention:
         check_bounds(self.static, binding)
         return self._plans(binding, tile)
 
+    def _unplanned(
+        self, q: Tensor, k: Tensor, v: Tensor, params: Mapping[str, object]
+    ) -> BoundPlan:
+        key = call_key((q, k, v), params)
+        bound = self._calls.find(key)
+        if bound is None:
+            bound = self._planned(bind(self.program, q, k, v, params), TILE)
+            self._calls.keep(key, bound)
+        return bound
+
+    @cached_property
+    def _calls(self) -> CallCache:
+        return CallCache()
+
     def _bind_lengths(self, params: Mapping[str, object]) -> Binding:
         params = dict(params)
         sizes = {}
@@ -227,7 +248,7 @@ class Attention:
         plan: BoundPlan | None,
     ) -> BoundPlan:
         if plan is None:
-            return self._planned(bind(self.program, q, k, v, params), TILE)
+            return self._unplanned(q, k, v, params)
         if plan.plan is not self.static and plan.plan.program != self.program:
             raise ArgumentError(
                 f"plan is of {plan.plan.program.name}, expected one of {self.program.name}"
@@ -289,7 +310,7 @@ def _check_mask(plan: BoundPlan, binding: Binding) -> None:
 def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """q, k, v in the autocast dtype where autocast is on; float64 stays."""
     first = inputs[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not _autocasts(first.device.type):
         return inputs
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
@@ -297,8 +318,12 @@ def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """Backends choose their own dtypes."""
-    if torch.is_autocast_enabled(device):
+    if _autocasts(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

@@ -52,7 +52,7 @@ def _cpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool)
 
     if q.device.type != "cpu":
         raise UnsupportedError(f"the cpu backend got {q.device} tensors", hint="move them: q.cpu()")
-    return cpu.attention(bound.retiled(cpu.TILE), q, k, v)  # sums in one order, always
+    return cpu.attention(cpu.retiled(bound), q, k, v)  # sums in one order, always
 
 
 def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
@@ -63,8 +63,11 @@ def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bo
     from attncc.numeric import index_bits
 
     plan, binding = bound.plan, bound.binding
-    wide = index_bits(plan, binding) == 64
-    run = Run(bound, scale_of(plan, binding), wide=wide, deterministic=deterministic)
+    run: Run | None = bound.memo.get(("triton", deterministic))
+    if run is None:
+        wide = index_bits(plan, binding) == 64
+        run = Run(bound, scale_of(plan, binding), wide=wide, deterministic=deterministic)
+        bound.memo["triton", deterministic] = run
     out, lse = attention(run, q, k, v)
     return out, lse if plan.program.normalize is Normalize.SOFTMAX else None
 

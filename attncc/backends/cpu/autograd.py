@@ -16,9 +16,6 @@ from attncc.errors import UnsupportedError
 from attncc.ir.program import Normalize
 from attncc.tiles import BoundPlan
 
-TILE = 128, 64
-"""Queries of a strip, and keys of a tile where tiles are classified."""
-
 
 def attention(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """out [B, Hq, Q, Dv], and lse [B, Hq, Q] where the program normalizes by softmax.

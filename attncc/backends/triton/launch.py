@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -49,6 +49,8 @@ class Run:
     configs: Mapping[str, Config] | None = None
     descriptors: bool | None = None
     """None chooses: where the GPU has them and the strides allow."""
+    memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Kernels and schedules already looked up."""
 
     def spec(self, *inputs: Tensor) -> Spec:
         chosen = self.descriptors
@@ -57,12 +59,30 @@ class Run:
         able = chosen and all(map(describable, inputs))
         half = inputs[0].dtype in (torch.float16, torch.bfloat16)
         ptx = inputs[0].is_cuda and torch.version.hip is None
-        return lowered(self.bound.plan, half, ptx, able, self.wide)
+        spec: Spec = self._known(
+            ("spec", half, ptx, able),
+            lambda: lowered(self.bound.plan, half, ptx, bool(able), self.wide),
+        )
+        return spec
+
+    def kernels(self, spec: Spec, load: Callable[[Spec], dict[str, Kernel]]) -> dict[str, Kernel]:
+        """The kernels of a file; hashing a spec costs more than a launch, so by its identity."""
+        found: dict[str, Kernel] = self._known((load.__name__, id(spec)), lambda: load(spec))
+        return found
 
     def config(self, kernel: str, q: Tensor, v: Tensor) -> Config:
         if self.configs and kernel in self.configs:
             return self.configs[kernel]
-        return default(kernel, shape_of(q, v), traits(self.bound.plan))
+        key = kernel, q.shape[-1], v.shape[-1], q.dtype
+        found: Config = self._known(
+            key, lambda: default(kernel, shape_of(q, v), traits(self.bound.plan))
+        )
+        return found
+
+    def _known(self, key: Hashable, find: Callable[[], Any]) -> Any:
+        if key not in self.memo:
+            self.memo[key] = find()
+        return self.memo[key]
 
 
 def scale_of(plan: Plan, binding: Binding) -> float:
@@ -235,7 +255,7 @@ def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     spec = run.spec(q, k, v)
     out = _like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    kernel = kernels.forward(spec)["forward"]
+    kernel = run.kernels(spec, kernels.forward)["forward"]
 
     def attempt(config: Config) -> None:
         values = common(run, spec, q, v)
@@ -290,7 +310,7 @@ def backward(
     """Gradients of out and lse with respect to q, k, v and captured tensors."""
     q, k, v, dout = map(unit_rows, (q, k, v, dout))
     spec = run.spec(q, k, v, dout)
-    loaded = kernels.backward(spec)
+    loaded = run.kernels(spec, kernels.backward)
     binding = run.bound.binding
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     values = common(run, spec, q, v)
