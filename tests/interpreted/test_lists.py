@@ -1,13 +1,18 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from triton.runtime.errors import InterpreterError
 
 from attncc.backends.triton.classify import KEYS, QUERIES
 from attncc.backends.triton.lists import ListMaker
 from attncc.binding import Binding
 from attncc.frontend import parse
-from attncc.ir.plan import Blocks
+from attncc.ir.plan import Blocks, Plan
 from attncc.ir.program import Program
 from attncc.passes import analyze
 from attncc.tiles import EMPTY, FULL, PARTIAL, BoundPlan
@@ -20,8 +25,10 @@ FEWER = settings(max_examples=max(15, settings.default.max_examples // 4))
 """The interpreter takes a second for a program."""
 
 
-def program_of(mask) -> Program:
-    return Program("random", strategies.PARAMS, mask=mask)
+def plan_of(mask) -> Plan:
+    """With lists, even where ranges would do."""
+    plan = analyze(Program("random", strategies.PARAMS, mask=mask))
+    return replace(plan, blocks=Blocks.LISTS)
 
 
 def classes_of(lists, bound: BoundPlan, *, transposed: bool) -> torch.Tensor:
@@ -61,22 +68,35 @@ def check(bound: BoundPlan, chunk: int) -> None:
         assert not (dense.some & left_out).any()
 
 
+@contextmanager
+def reject_what_the_interpreter_lacks() -> Iterator[None]:
+    """It spreads a scalar comparison of floats over a tile as floats (Triton 3.7.1)."""
+    try:
+        yield
+    except InterpreterError as error:
+        if "ufunc 'bitwise" not in str(error).replace("\\", ""):
+            raise
+        reject()
+
+
 @pytest.mark.fuzz
 @FEWER
 @given(strategies.bools(3), bindings(shortest=1), TILES, CHUNKS)
 def test_lists_are_those_of_the_bound_plan(mask, binding: Binding, tile, chunk) -> None:
-    check(BoundPlan(analyze(program_of(mask)), binding, tile), chunk)
+    check(BoundPlan(plan_of(mask), binding, tile), chunk)
 
 
 @pytest.mark.fuzz
 @FEWER
 @given(strategies.bools(3, exact=False), bindings(shortest=1), TILES, CHUNKS)
 def test_no_tile_is_misjudged(mask, binding: Binding, tile, chunk) -> None:
-    bound = BoundPlan(analyze(program_of(mask)), binding, tile)
+    bound = BoundPlan(plan_of(mask), binding, tile)
     dense = dense_tiles(dense_mask(mask, binding, torch.float32), tile)
     maker = ListMaker(bound, chunk, width=8)
     for transposed, sides in ((False, (QUERIES, KEYS)), (True, (KEYS, QUERIES))):
-        classes = classes_of(maker.lists(*sides), bound, transposed=transposed)
+        with reject_what_the_interpreter_lacks():
+            lists = maker.lists(*sides)
+        classes = classes_of(lists, bound, transposed=transposed)
         classes = classes.expand(dense.some.shape)
         assert not (dense.some & (classes == EMPTY)).any()
         assert not (~dense.every & (classes == FULL)).any()
