@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attncc.backends import cpu, dense
-from attncc.backends.cpu import backward, forward, workers
+from attncc.backends.cpu import workers
 from attncc.backends.cpu.schedule import schedule, union
 from attncc.binding import Binding, bind, bind_lengths
 from attncc.errors import UnsupportedError
@@ -31,8 +31,7 @@ TILE = 16, 8
 def threads(request, monkeypatch):
     """Worker threads even for small problems."""
     monkeypatch.setattr(workers, "threads", lambda: request.param)
-    monkeypatch.setattr(forward, "SMALL", 0)
-    monkeypatch.setattr(backward, "SMALL", 0)
+    monkeypatch.setattr(workers, "SMALL", 0)
 
 
 def program(*lines: str, params: str = "") -> Program:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attncc.backends.cpu import workers
 from attncc.backends.cpu.block import Block, Problem
-from attncc.backends.cpu.forward import SMALL, Buffers, raw_scores, sink_of, unnormalized
+from attncc.backends.cpu.forward import Buffers, raw_scores, sink_of, unnormalized
 from attncc.ir.derivative import ONE, ZERO, derivative
 from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import Expr, Load, Score, walk
@@ -73,7 +73,7 @@ def _shares(problem: Problem, wanted: frozenset[str]) -> list[list[Block]]:
     """
     rows, count = len(problem.q), workers.threads()
     everything = list(problem.blocks())
-    if sum(block.size for block in everything) < SMALL:
+    if sum(block.size for block in everything) < workers.SMALL:
         return [everything]
     copied = sum(problem.tensors[name].numel() for name in wanted)
     count = min(count, max(1, PRIVATE // max(copied, 1)))

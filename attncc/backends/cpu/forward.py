@@ -12,14 +12,11 @@ from attncc.backends.cpu.block import Block, Problem
 from attncc.ir.evaluate import evaluate_unchecked
 from attncc.ir.program import Normalize
 
-SMALL = 1 << 17
-"""Pairs that are computed before other threads have woken up."""
-
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """out [N, G, Q, Dv] and lse [N, G, Q], which is -inf where the program is no softmax."""
     q, v = problem.q, problem.v
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    out = _cleared(problem, q.new_empty(*q.shape[:3], v.shape[-1]))
     lse = q.new_full(q.shape[:3], -math.inf)
     fuse = fused.can(problem)
     todo = sorted(problem.blocks(fused=fuse), key=lambda block: block.size)
@@ -33,9 +30,21 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
                 return
             _attend(block, buffers, fuse, out, lse)
 
-    small = sum(block.size for block in todo) < SMALL
+    small = sum(block.size for block in todo) < workers.SMALL
     workers.run([work] * (1 if small else min(workers.threads(), len(todo))))
     return out, lse
+
+
+def _cleared(problem: Problem, out: Tensor) -> Tensor:
+    """0 where no block comes; only there, since all threads of torch would wake to fill it."""
+    if not problem.groups:
+        return out.zero_()
+    for group in problem.groups:
+        for strip in group.strips:
+            if not strip.runs:
+                part = out[slice(*group.rows), slice(*group.members), strip.start : strip.stop]
+                part.zero_()
+    return out
 
 
 def _attend(block: Block, buffers: Buffers, fuse: bool, out: Tensor, lse: Tensor) -> None:

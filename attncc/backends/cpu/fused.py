@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from attncc.backends.cpu import workers
 from attncc.backends.cpu.block import Block, Piece, Problem
 from attncc.ir import ops
 from attncc.ir.derivative import ZERO
@@ -27,11 +28,23 @@ def can(problem: Problem) -> bool:
     """Whether `attend` is for this problem: its kernel wants equal head dims and finite inputs."""
     same = problem.q.shape[-1] == problem.v.shape[-1]
     plain = problem.softmax and added(problem.bound.plan) is not None
-    return same and plain and all(map(_finite, (problem.q, problem.k, problem.v)))
+    return same and plain and _finite((problem.q, problem.k, problem.v))
 
 
-def _finite(x: Tensor) -> bool:
-    return bool(x.sum().isfinite())  # a sum that overflows says no too, which costs time alone
+def _finite(tensors: tuple[Tensor, ...]) -> bool:
+    """No for sums that overflow too, which costs time alone."""
+    found: list[bool] = []
+
+    def look(x: Tensor) -> None:
+        found.append(bool(x.sum().isfinite()))
+
+    tasks = [partial(look, x) for x in tensors]
+    if sum(x.numel() for x in tensors) < workers.SMALL:
+        for task in tasks:
+            task()
+    else:
+        workers.run(tasks)
+    return all(found)
 
 
 @lru_cache(maxsize=256)
