@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -111,6 +111,45 @@ class PlanCache:
         self.kept[key] = bound  # which keeps the tensors, so that their ids stay theirs
         if len(self.kept) > KEPT:
             self.kept.popitem(last=False)
+
+
+class CallCache:
+    """The plans of the last calls, by everything that binding a call looks at.
+
+    A repeated call, a layer's or a step's, is then neither checked nor planned again.
+    """
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Hashable, BoundPlan] = OrderedDict()
+
+    def find(self, key: Hashable) -> BoundPlan | None:
+        return None if key is None else self.kept.get(key)
+
+    def keep(self, key: Hashable, bound: BoundPlan) -> None:
+        if key is None:
+            return
+        self.kept[key] = bound  # which keeps the tensors, so that their ids stay theirs
+        if len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+
+
+def call_key(inputs: tuple[object, ...], params: Mapping[str, object]) -> Hashable:
+    """Equal for calls that bind alike; None where an argument cannot tell whether it changed."""
+    parts: list[Hashable] = []
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            return None
+        parts.append((value.shape, value.dtype, value.device))
+    for name, value in params.items():
+        if isinstance(value, Tensor):
+            if value.is_inference() or value.grad_fn is not None:
+                return None
+            parts.append((name, id(value), value._version, value.shape))
+        elif isinstance(value, bool | int | float):
+            parts.append((name, type(value), value))
+        else:
+            return None
+    return tuple(parts)
 
 
 @lru_cache(maxsize=256)

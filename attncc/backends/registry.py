@@ -63,11 +63,12 @@ def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bo
     from attncc.numeric import index_bits
 
     plan, binding = bound.plan, bound.binding
-    run: Run | None = bound.memo.get(("triton", deterministic))
-    if run is None:
+    name = f"triton run, deterministic={deterministic}"
+    run = bound.kept.get(name)
+    if not isinstance(run, Run):
         wide = index_bits(plan, binding) == 64
         run = Run(bound, scale_of(plan, binding), wide=wide, deterministic=deterministic)
-        bound.memo["triton", deterministic] = run
+        bound.kept[name] = run
     out, lse = attention(run, q, k, v)
     return out, lse if plan.program.normalize is Normalize.SOFTMAX else None
 

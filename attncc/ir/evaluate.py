@@ -1,4 +1,4 @@
-"""Expressions over torch tensors: the pointwise meaning that every other interpretation is held to."""
+"""Expressions over torch tensors: the pointwise meaning that all else is held to."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def evaluate(expr: Expr, env: Env, guard: Tensor | None = None) -> Tensor:
 
 
 def evaluate_unchecked(expr: Expr, env: Env) -> Tensor:
-    """`evaluate` for analyses: out-of-range reads are clamped and x // 0 is 0, without any check."""
+    """`evaluate` for analyses: out-of-range reads are clamped and x // 0 is 0, unchecked."""
     return _Walk(env, checked=False).value(expr, None)
 
 
@@ -100,8 +100,8 @@ class _Walk:
                 self._check_read(load, axis, index, size, guard)
             inside.append(index.clamp(0, max(size - 1, 0)))
         if 0 in source.shape:  # nothing to read: only reached where the guard holds nowhere
-            shape = torch.broadcast_shapes(*(index.shape for index in at))
-            return self._cast(torch.zeros(shape, device=source.device), load.tensor.kind)
+            nowhere = sum((index * 0 for index in at), torch.zeros((), device=source.device))
+            return self._cast(nowhere, load.tensor.kind)
         return self._cast(source[tuple(inside)], load.tensor.kind)
 
     def _cast(self, value: Tensor, kind: Kind) -> Tensor:
@@ -126,7 +126,7 @@ class _Walk:
             raise BoundsError(
                 f"{load.tensor.name!r} is read at {int(seen.min())}..{int(seen.max())} along its "
                 f"axis {axis}, which has {size} elements",
-                hint="mask those pairs out, clamp the index with min and max, or pass a larger tensor",
+                hint="mask those pairs out, clamp the index with min and max, or pass more of it",
                 span=load.span,
             )
 
@@ -141,7 +141,8 @@ class _Walk:
             condition = self.value(args[0], guard)
             left = self.value(args[1], self._narrow(guard, condition))
             right = self.value(args[2], self._narrow(guard, ~condition))
-            return torch.where(condition, *self._promote(expr, (left, right)))
+            left, right = self._promote(expr, (left, right))
+            return torch.where(condition, left, right)
         values = tuple(self.value(arg, guard) for arg in args)
         if op in (ops.FLOORDIV, ops.MOD) and expr.kind is Kind.INT:
             return self._divide(expr, values, guard)
@@ -160,9 +161,7 @@ class _Walk:
             return tuple(v.to(self.env.dtype) for v in values)
         return values
 
-    def _divide(
-        self, expr: Apply, values: tuple[Tensor, ...], guard: Tensor | None
-    ) -> Tensor:
+    def _divide(self, expr: Apply, values: tuple[Tensor, ...], guard: Tensor | None) -> Tensor:
         dividend, divisor = values
         zero = divisor == 0
         reached = zero if guard is None else zero & guard
@@ -233,4 +232,3 @@ RULES: dict[Op, Callable[..., Tensor]] = {
     ops.FLOAT: lambda x: x,  # _promote has made it a float
 }
 """AND, OR and WHERE are the walker's, since they guard what they read."""
-

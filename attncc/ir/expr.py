@@ -13,7 +13,7 @@ from attncc.ir.ops import Kind, Op
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a node stands in its source text: 1-based line and column, and its length in characters."""
+    """Where a node stands in its text: 1-based line and column, and its length in characters."""
 
     line: int
     column: int
@@ -46,7 +46,7 @@ Dim = int | str
 
 @dataclass(frozen=True, slots=True)
 class TensorParam:
-    """A captured tensor. `sorted`: nondecreasing along its last axis. `grad`: gradients reach it."""
+    """A captured tensor; `sorted`: nondecreasing on its last axis, `grad`: gradients reach it."""
 
     name: str
     kind: Kind
@@ -125,7 +125,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Apply:
-    """An operator applied to arguments; kind, axes and hash are kept, since analyses share subtrees."""
+    """An operator applied to arguments; kind, axes and hash are kept: analyses share subtrees."""
 
     op: Op
     args: tuple[Expr, ...]

@@ -16,7 +16,8 @@ def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """out [B, Hq, Q, Dv] and lse [B, Hq, Q] float32; differentiable, captured tensors included."""
     names = tuple(t.name for t in run.bound.plan.program.tensors if t.grad)
     captured = [run.bound.binding.tensors[name] for name in names]
-    result: tuple[Tensor, Tensor] = _Attention.apply(run, names, q, k, v, *captured)
+    apply: Any = _Attention.apply
+    result: tuple[Tensor, Tensor] = apply(run, names, q, k, v, *captured)
     return result
 
 
@@ -24,7 +25,7 @@ class _Attention(torch.autograd.Function):
     """Recomputes weights from lse in the backward; forward-mode and double backward raise."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         run: Run,
         names: tuple[str, ...],

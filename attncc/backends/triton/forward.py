@@ -12,7 +12,7 @@ from attncc.backends.triton.sections import (
     which_tile,
 )
 from attncc.backends.triton.text import indented
-from attncc.ir.expr import Axis
+from attncc.ir.expr import Axis, Score, walk
 from attncc.ir.program import Normalize
 
 POSITIONS = ("b", "h", "q_idx", "kv_idx")
@@ -164,6 +164,9 @@ def score_lines(file: File, mods: Mods, dot: str, *, transposed: bool = False) -
     if mods.score is not None:
         pair = (mods.row_index(f"q_idx{q}"), f"kv_idx{kv}")
         scored = [f"score = {mods.score.call('score', 'scale', 'b', 'h', *pair)}"]
+        if not any(isinstance(node, Score) for node in walk(file.spec.lowering.score)):
+            scored.insert(0, "whole = tl.zeros_like(score)")
+            scored.append("score = whole + score")
     masked = [f"keep = {keep}"]
     if mods.mask is not None:
         masked = ["inside = kv_idx < kv_len", *clamp, *masked, f"keep = keep & inside{kv}"]

@@ -37,8 +37,8 @@ def forward(spec: Spec) -> dict[str, Kernel]:
 @lru_cache(maxsize=256)
 def backward(spec: Spec) -> dict[str, Kernel]:
     """The kernels of the backward file, by name."""
-    names = ("delta",) if spec.lowering.softmax else ()
-    names += ("backward_kv", "backward_q")
+    delta = ("delta",) if spec.lowering.softmax else ()
+    names = (*delta, "backward_kv", "backward_q")
     return _load(f"{spec.name}_backward", backward_source(spec), names)
 
 

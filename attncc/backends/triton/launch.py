@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -110,7 +111,8 @@ def shape_of(q: Tensor, v: Tensor) -> Shape:
 def _shared_limit(device: torch.device) -> int:
     if device.type != "cuda":
         return 227 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    found: Any = torch.cuda.get_device_properties(device)
+    return int(found.shared_memory_per_block_optin)
 
 
 @lru_cache
@@ -244,6 +246,7 @@ def fitting(
             found = None if run.configs else smaller(found)
             if found is None:
                 raise
+            torch.cuda.synchronize()  # lists for other tiles may be made on another stream now
             kernel.fitted[config, shape] = found
         else:
             return
@@ -321,10 +324,13 @@ def backward(
         _launch_delta(loaded["delta"], values, dout, dlse)
     buffers = _buffers(run, spec, values, lse)
     pairs = any(_is_pair(gradient) for gradient in spec.lowering.gradients)
-    for name, side, heads in (
-        ("backward_kv", "kv", binding.kv_heads),
-        ("backward_q", "q", binding.heads),
-    ):
+    sides = (("backward_kv", "kv", binding.kv_heads), ("backward_q", "q", binding.heads))
+    shape = shape_of(q, v)
+    for name, side, heads in sides:  # makes the lists of both, here and in order
+        config = run.config(name, q, v)
+        tiled(run, dict(values), side, loaded[name].fitted.get((config, shape), config), heads)
+    ready = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
+    for name, side, heads in sides:
 
         def attempt(config: Config, name: str = name, side: str = side, heads: int = heads) -> None:
             mine = dict(values)
@@ -334,11 +340,34 @@ def backward(
                 launch(loaded[name], (grid,), {**mine, "FIXED_POINT": 1}, config)
             launch(loaded[name], (grid,), mine, config)
 
-        fitting(run, loaded[name], run.config(name, q, v), shape_of(q, v), attempt)
+        with _beside(q.device, ready if side == "q" else None):
+            fitting(run, loaded[name], run.config(name, q, v), shape, attempt)
     captured = _captured(run, spec, values, buffers)
     if spec.lowering.sink is not None:
         _add_sink(run, captured, lse, values["delta_ptr"])
     return Gradients(dq, dk, dv, captured)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[None]:
+    """Work that may start as soon as `ready` has come, beside what this stream was given since.
+
+    The last programs of one kernel leave most of the GPU idle; those of the next fill it. None: no
+    such stream.
+    """
+    if ready is None:
+        yield
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_event(ready)
+    with torch.cuda.stream(side):
+        yield
+    main.wait_stream(side)
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _launch_delta(kernel: Kernel, values: Values, dout: Tensor, dlse: Tensor | None) -> None:

@@ -70,7 +70,14 @@ class Function:
         return f"{targets} = {self.name}({', '.join(args)})"
 
 
-CONSTEXPRS = ("MASKED", "FIXED_POINT", "HAS_DLSE", "GROUP", "HEAD_DIM", "VALUE_DIM")
+CONSTEXPRS: tuple[str, ...] = (
+    "MASKED",
+    "FIXED_POINT",
+    "HAS_DLSE",
+    "GROUP",
+    "HEAD_DIM",
+    "VALUE_DIM",
+)
 CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "CHUNK", "WIDTH")
 
 
