@@ -136,6 +136,7 @@ def measure(found: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
     works: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, call in found.items():
+            time.sleep(0.03)  # until torch's threads have stopped spinning after the last call
             start, spent = time.perf_counter(), time.process_time()
             call()
             times[name].append(1e3 * (time.perf_counter() - start))

@@ -11,7 +11,7 @@ from torch import Tensor
 from attncc.backends.cpu.backward import Gradients, Saved, backward
 from attncc.backends.cpu.block import Problem
 from attncc.backends.cpu.forward import forward
-from attncc.backends.cpu.schedule import Group, schedule
+from attncc.backends.cpu.tables import tables
 from attncc.errors import UnsupportedError
 from attncc.ir.program import Normalize
 from attncc.tiles import BoundPlan
@@ -43,12 +43,12 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         *captured: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        groups = schedule(bound)
-        problem = Problem.of(bound, dict(zip(names, captured, strict=True)), groups, q, k, v)
+        tensors = dict(zip(names, captured, strict=True))
+        problem = Problem.of(bound, tensors, tables(bound), q, k, v)
         out, lse = forward(problem)
         rounded = out.to(q.dtype).view(*q.shape[:3], v.shape[-1])
         lse = lse.view(q.shape[:3])
-        ctx.bound, ctx.names, ctx.groups = bound, names, groups
+        ctx.bound, ctx.names = bound, names
         ctx.save_for_backward(q, k, v, rounded, lse, *captured)
         ctx.set_materialize_grads(False)
         if not problem.softmax:
@@ -59,7 +59,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[5:]
         wanted = frozenset(name for name, need in zip(ctx.names, needed, strict=True) if need)
-        call = _Call(ctx.bound, ctx.groups, ctx.names, wanted)
+        call = _Call(ctx.bound, ctx.names, wanted)
         result = _Backward.apply(call, dout, dlse, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return None, None, *result
 
@@ -76,7 +76,6 @@ class _Call:
     """What the backward needs besides tensors."""
 
     bound: BoundPlan
-    groups: tuple[Group, ...]
     names: tuple[str, ...]
     wanted: frozenset[str]
 
@@ -98,7 +97,7 @@ class _Backward(torch.autograd.Function):
         *captured: Tensor,
     ) -> tuple[Tensor | None, ...]:
         tensors = dict(zip(call.names, captured, strict=True))
-        problem = Problem.of(call.bound, tensors, call.groups, q, k, v)
+        problem = Problem.of(call.bound, tensors, tables(call.bound), q, k, v)
         if dout is None:
             dout = torch.zeros_like(out)
         rows, group = problem.q.shape[:2]

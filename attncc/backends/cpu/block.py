@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from attncc.backends.cpu import workers
 from attncc.backends.cpu.schedule import Group, Interval, Run, Strip, union
+from attncc.backends.cpu.tables import Tables
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
 from attncc.ir.expr import Axis, Expr, Score, axes
 from attncc.ir.program import Normalize
@@ -28,15 +29,11 @@ is then a larger part.
 """
 
 
-STRIPS = 4
-"""Strips whose masks are kept for other heads; threads may work on as many at a time."""
-
 CLEAR = 512
 """Keys without a mask fewer than this are computed with their neighbours under one."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Keys start..stop of a run, all with a mask or all without.
 
     mask:  0 where a pair is kept and -inf where not, to broadcast against [rows, members, queries,
@@ -62,18 +59,16 @@ class Problem:
 
     bound: BoundPlan
     tensors: Mapping[str, Tensor]
-    groups: tuple[Group, ...]
+    tables: Tables
     q: Tensor
     k: Tensor
     v: Tensor
-    kept: dict[tuple[int, int, str], Any] = field(default_factory=dict)
-    """Masks by their strip's start, their batch, and what they are for."""
 
     @staticmethod
     def of(
         bound: BoundPlan,
         tensors: Mapping[str, Tensor],
-        groups: tuple[Group, ...],
+        tables: Tables,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -85,7 +80,7 @@ class Problem:
         return Problem(
             bound,
             tensors,
-            groups,
+            tables,
             q.to(dtype).reshape(rows, group, *q.shape[2:]).contiguous(),
             k.to(dtype).reshape(rows, *k.shape[2:]).contiguous(),
             v.to(dtype).reshape(rows, *v.shape[2:]).contiguous(),
@@ -122,7 +117,7 @@ class Problem:
         fused: for a kernel that keeps no scores.
         """
         first, last = (0, len(self.q)) if rows is None else rows
-        for group in self.groups:
+        for group in self.tables.groups:
             own = max(first, group.rows[0]), min(last, group.rows[1])
             for strip in group.strips:
                 if strip.runs and own[0] < own[1]:
@@ -211,19 +206,18 @@ class Block:
         return self._shared("pieces", self._pieces)
 
     def _shared(self, name: str, make: Callable[[], T]) -> T:
-        """What other heads' blocks of the same strip have made, where heads do not matter."""
-        kept = self.problem.kept
-        varies = axes(self.problem.bound.plan.mask)
-        first, last = (row // self.problem.bound.binding.kv_heads for row in self._ends)
-        if varies & Axis.H or (varies & Axis.B and first != last):
-            return make()
-        key = self.strip.start, first if varies & Axis.B else 0, name
-        known = kept.get(key)
-        if known is None:
-            known = kept[key] = make()
-            if len(kept) > STRIPS:  # blocks of one strip come one after the other
-                kept.pop(next(iter(kept)), None)
-        return cast(T, known)
+        """What other blocks of the same strip and heads have made; of any heads, if they may."""
+        problem = self.problem
+        varies = axes(problem.bound.plan.mask)
+        rows: Interval = (0, 0)
+        if varies & Axis.H:
+            rows = self.rows
+        elif varies & Axis.B:  # rows of one batch are alike
+            first, last = (row // problem.bound.binding.kv_heads for row in self._ends)
+            rows = (first, first) if first == last else self.rows
+        members = self.members if varies & Axis.H else (0, 0)
+        key = name, self.strip.start, rows, members, problem.q.dtype
+        return problem.tables.mask(key, make)
 
     @property
     def _ends(self) -> Interval:

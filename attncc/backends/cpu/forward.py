@@ -37,9 +37,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _cleared(problem: Problem, out: Tensor) -> Tensor:
     """0 where no block comes; only there, since all threads of torch would wake to fill it."""
-    if not problem.groups:
+    if not problem.tables.groups:
         return out.zero_()
-    for group in problem.groups:
+    for group in problem.tables.groups:
         for strip in group.strips:
             if not strip.runs:
                 part = out[slice(*group.rows), slice(*group.members), strip.start : strip.stop]
