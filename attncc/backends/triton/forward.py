@@ -268,7 +268,7 @@ def _store(file: File, mods: Mods) -> str:
         text = "# -- store; a row that kept no key is 0 and its lse -inf\nempty = l_i == 0.0\n"
         if spec.lowering.sink is not None:
             lines, (sink,) = file.printer.body([spec.lowering.sink])
-            text += "\n".join([*lines, f"sink = ({sink}) * 1.4426950408889634"]) + "\n"
+            text += "\n".join([*lines, f"sink = {sink}", "sink *= 1.4426950408889634"]) + "\n"
             text += _sink_lines(mods)
         text += "acc = acc / tl.where(empty, 1.0, l_i)[:, None]\n"
         if spec.lowering.sink is not None:
