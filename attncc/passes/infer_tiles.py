@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 from attncc.ir import expr as ir
 from attncc.ir import ops
@@ -47,7 +48,7 @@ def infer_tiles(plan: Plan) -> Plan:
     products and bits of both positions.
     """
     simplify = Rewriter(RULES)
-    finder = _Finder(simplify)
+    finder = _Finder(simplify, frozenset(param.name for param in plan.program.params))
     test = finder.bounds(finder.regrouped(plan.mask))
     assert test.lo is not None and test.hi is not None, "the mask is a bool"
     used = _tensors(test.lo) | _tensors(test.hi)
@@ -79,6 +80,9 @@ def _losses(mask: Expr) -> Iterable[str]:
 @dataclass
 class _Finder:
     simplify: Rewriter
+    taken: frozenset[str] = frozenset()
+    """Names of the program's own, which no summary may have."""
+    numbers: Iterator[int] = field(default_factory=count)
     summaries: dict[tuple[Expr, Axis], Summary] = field(default_factory=dict)
     bounders: dict[Expr, Bounder] = field(default_factory=dict)
 
@@ -209,16 +213,15 @@ class _Finder:
 
     def _summary(self, expr: Expr, axis: Axis) -> Summary:
         if (expr, axis) not in self.summaries:
-            number = len(self.summaries)
             prefix = "q" if axis is Axis.Q else "kv"
+            names = ((f"{prefix}_low_{n}", f"{prefix}_high_{n}") for n in self.numbers)
+            ends = next(pair for pair in names if self.taken.isdisjoint(pair))
             dims = (
                 "batch" if axes(expr) & Axis.B else 1,
                 "heads" if axes(expr) & Axis.H else 1,
                 f"{prefix}_tiles",
             )
-            low, high = (
-                TensorParam(f"{prefix}_{end}_{number}", kind(expr), dims) for end in ("low", "high")
-            )
+            low, high = (TensorParam(name, kind(expr), dims) for name in ends)
             self.summaries[expr, axis] = Summary(expr, axis, low, high)
         return self.summaries[expr, axis]
 

@@ -157,3 +157,21 @@ def test_short_lengths(lengths) -> None:
     bound = bound_of(DOCUMENTS, tensors={"doc": doc}, q_len=q_len, kv_len=kv_len)
     lists = ListMaker(bound).lists(QUERIES, KEYS)
     assert lists.partial_count.sum() == (1 if lengths == (1, 1) else 0)
+
+
+def test_parameters_may_be_named_as_summaries_are() -> None:
+    text = """
+attention taken(q_low_0: int[kv_len], kv_high_1: int[kv_len], kv_low_2: int = 3, q_low_0_: int = 1):
+    mask = q_low_0[q_idx] * q_low_0_ <= kv_high_1[kv_idx] and kv_high_1[kv_idx] != kv_low_2
+"""
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 6, (2, 61), generator=rng).sort(-1).values
+    tensors = dict(zip(("q_low_0", "kv_high_1"), values, strict=True))
+    bound = bound_of(text, tensors=tensors, kv_low_2=3, q_low_0_=1)
+    names = {n for s in bound.plan.tiles.summaries for n in (s.low.name, s.high.name)}
+    assert names and names.isdisjoint(p.name for p in bound.plan.program.params)
+    classes = bound.classify()
+    assert set(classes.flatten().tolist()) == {EMPTY, PARTIAL, FULL}
+    dense = dense_tiles(dense_mask(bound.plan.mask, bound.binding), bound.tile)
+    assert (classes.eq(FULL) <= dense.every).all() and (dense.some <= classes.ne(EMPTY)).all()
+    check(bound, 2)
