@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -30,11 +30,17 @@ from attncc.plans import (
 from attncc.settings import Debug, settings
 from attncc.tiles import BoundPlan
 
+if TYPE_CHECKING:
+    from attncc.backends.triton.tune import Tuned
+
 TILE = 128, 128
 """Tiles of a plan where none are asked for, those of most kernels."""
 
 RESERVED = frozenset(
-    ("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile", "self")
+    (
+        *("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile"),
+        *("kernels", "time_budget", "self"),
+    )
 )
 """Arguments of `Attention`'s methods, which a parameter must not hide behind."""
 
@@ -194,6 +200,31 @@ class Attention:
         files = emit.sources(emit.spec(self.static, dtype, aot.target(target)))
         wanted = "_backward" if backward else "_forward"
         return next(text for name, text in files.items() if name.endswith(wanted))
+
+    def tune(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        kernels: Sequence[str] = ("forward", "backward_kv", "backward_q"),
+        time_budget: float = 120.0,
+        **params: object,
+    ) -> Tuned:
+        """Times the kernels' schedules on this call; later calls like it run with the quickest.
+
+        kernels: the ones to tune. time_budget: seconds, about.
+        Winners are kept for this GPU, program, dtype, head dims and lengths rounded up to powers of
+        two, for other processes too; plans made before keep the schedules they have. Printed, the
+        result is one line a kernel to paste. Raises UnsupportedError where there is no GPU.
+        """
+        q, k, v = _autocast(q, k, v)
+        bound = self._bound(q, k, v, params, None)
+        with _without_autocast(q.device.type):
+            found = registry.tune(bound, q, k, v, kernels, time_budget)
+        for known in ("_plans", "_calls"):  # they hold schedules chosen before
+            self.__dict__.pop(known, None)
+        return found
 
     @cached_property
     def static(self) -> Plan:

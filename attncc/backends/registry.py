@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from attncc.errors import ArgumentError, UnsupportedError, suggest
 from attncc.settings import settings
 from attncc.tiles import BoundPlan
+
+if TYPE_CHECKING:
+    from attncc.backends.triton.tune import Tuned
 
 Result = tuple[Tensor, Tensor | None]
 """out [B, Hq, Q, Dv], and lse [B, Hq, Q] where the program normalizes by softmax."""
@@ -73,9 +77,34 @@ def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bo
     return out, lse if plan.program.normalize is Normalize.SOFTMAX else None
 
 
+def tune(
+    bound: BoundPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernels: Sequence[str],
+    time_budget: float,
+) -> Tuned:
+    """The quickest schedules of a call's kernels; UnsupportedError where there are none to time."""
+    if not (q.is_cuda or interpreted()):
+        here = torch.cuda.is_available()
+        raise UnsupportedError(
+            f"tune times GPU kernels, and q, k and v are on {q.device}",
+            hint="move them to the GPU" if here else "torch finds no GPU; `attncc doctor` says why",
+        )
+    _check_triton(q, v)
+    from attncc.backends.triton import tune
+
+    return tune.tune(bound, q, k, v, kernels=kernels, time_budget=time_budget)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def _check_triton(q: Tensor, v: Tensor) -> None:
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if q.device.type != "cuda" and not interpreted:
+    if q.device.type != "cuda" and not interpreted():
         raise UnsupportedError(
             f"the triton backend got {q.device} tensors",
             hint="move them to a GPU, or set TRITON_INTERPRET=1 to run its kernels slowly here",
