@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from attncc import picture, report
@@ -144,7 +145,8 @@ def call_key(inputs: tuple[object, ...], params: Mapping[str, object]) -> Hashab
         if isinstance(value, Tensor):
             if value.is_inference() or value.grad_fn is not None:
                 return None
-            parts.append((name, id(value), value._version, value.shape))
+            wants = value.requires_grad and torch.is_grad_enabled()  # an error, if undeclared
+            parts.append((name, id(value), value._version, value.shape, wants))
         elif isinstance(value, bool | int | float):
             parts.append((name, type(value), value))
         else:

@@ -234,6 +234,11 @@ def test_wrong_arguments_are_told(window):
         window(q, k, v)
     with pytest.raises(attncc.ArgumentError, match="q is a list"):
         window([q], k, v, slope=slopes())
+    undeclared = attncc.compile("attention u(t: float[heads]):\n    score = score + t[h]\n")
+    with torch.no_grad():
+        undeclared(q, k, v, t=(leaf := slopes(requires_grad=True)))
+    with pytest.raises(attncc.ArgumentError, match="t requires grad, but is not declared"):
+        undeclared(q, k, v, t=leaf)
     table = attncc.compile("attention t(t: float[n]):\n    score = score + t[q_idx - kv_idx]\n")
     with pytest.raises(attncc.BoundsError, match="'t' is read at -39"):
         table(q, k, v, t=torch.zeros(40))
