@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
-from attncc import cache
+from attncc import __version__, cache
 
 FILE_NAME = "tuned.jsonl"
 
@@ -21,10 +21,11 @@ class Key:
 
     gpu:     the device's name, as its driver gives it.
     program: hash of the program's text.
-    kernel:  "forward", "dq", ...
+    kernel:  "forward", "backward_kv", "backward_q".
     dtype:   of q, k and v.
-    shape:   the class of shapes measured, such as "d128 q8192 kv8192 group1".
+    shape:   the class of shapes measured, such as "d128 dv128 q8192 kv8192 heads32 group1".
     triton:  Triton's version.
+    attncc:  that of the printer of the kernel.
     """
 
     gpu: str
@@ -33,6 +34,7 @@ class Key:
     dtype: str
     shape: str
     triton: str
+    attncc: str = __version__
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,24 @@ from attncc.cli.request import DTYPES, options, placed, request
 @click.command()
 @options(q_len=8192)
 @click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True)
-def tune(dtype: str, **asked: Any) -> None:
-    """Time FILE's kernels over tiles, warps and stages on this GPU, and keep the best."""
+@click.option("--backward/--no-backward", default=True, help="Tune the backward's kernels too.")
+@click.option(
+    "--time-budget",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For all kernels together, about.",
+)
+def tune(dtype: str, backward: bool, time_budget: float, **asked: Any) -> None:
+    """Time FILE's kernels over tiles, warps and stages on this GPU, and keep the best.
+
+    The lines printed say, for each kernel, the schedule that later calls of such lengths run with.
+    """
     import attncc
 
     problem, (q, k, v) = placed(request(**asked), dtype, "cuda", asked["seed"])
-    attncc.compile(problem.program).tune(q, k, v, **problem.arguments)
+    kernels = ("forward", "backward_kv", "backward_q") if backward else ("forward",)
+    attention = attncc.compile(problem.program)
+    budget: dict[str, Any] = {"kernels": kernels, "time_budget": time_budget}
+    click.echo(attention.tune(q, k, v, **budget, **problem.arguments))

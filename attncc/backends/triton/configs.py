@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+
+from attncc.errors import ArgumentError
+
+PASTED = re.compile(r"(\d{1,4})x(\d{1,4}),warps=(\d{1,2}),stages=(\d)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,24 @@ class Config:
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n},warps={self.num_warps},stages={self.num_stages}"
+
+    @classmethod
+    def parse(cls, text: str) -> Config:
+        """The inverse of str(); raises ArgumentError for what no kernel could run with."""
+        found = PASTED.fullmatch("".join(text.split()))
+        config = cls(*map(int, found.groups())) if found else None
+        if config is None or not config.legal:
+            raise ArgumentError(
+                f"{text!r} is no schedule",
+                hint="write powers of two, such as 128x64,warps=8,stages=3",
+            )
+        return config
+
+    @property
+    def legal(self) -> bool:
+        """Whether Triton takes such numbers at all: tiles that tensor cores take, powers of two."""
+        blocks = all(n in (16, 32, 64, 128, 256) for n in (self.block_m, self.block_n))
+        return blocks and self.num_warps in (1, 2, 4, 8, 16) and 1 <= self.num_stages <= 8
 
 
 KERNELS = ("forward", "backward_kv", "backward_q")
@@ -134,8 +157,9 @@ def fits(kernel: str, config: Config, shape: Shape) -> bool:
 def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
     """Every schedule worth timing, those that cannot fit left out."""
     blocks = (16, 32, 64, 128) if shape.itemsize > 2 or shape.widest > 128 else (32, 64, 128)
+    least = 16 * 16 if shape.itemsize > 2 and shape.widest > 128 else 32 * 32
     for m, n, warps, stages in product(blocks, blocks, (4, 8), (1, 2, 3, 4)):
         config = Config(m, n, warps, stages)
-        too_thin = m * n < 32 * 32 or m < 16 * warps // 4
+        too_thin = m * n < least or m < 16 * warps // 4
         if not too_thin and fits(kernel, config, shape):
             yield config

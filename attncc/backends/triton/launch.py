@@ -14,10 +14,11 @@ from torch import Tensor
 
 from attncc.backends.triton import kernels
 from attncc.backends.triton.arguments import Values, captured
-from attncc.backends.triton.configs import Config, Shape, Traits, default, padded, smaller
+from attncc.backends.triton.configs import Config, Shape, Traits, padded, smaller
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lists import key_lists, query_lists
 from attncc.backends.triton.lower import Gradient, Reduction, lower
+from attncc.backends.triton.schedules import choose
 from attncc.backends.triton.sections import Spec
 from attncc.binding import Binding
 from attncc.ir.evaluate import Env, evaluate_unchecked
@@ -75,10 +76,12 @@ class Run:
         if self.configs and kernel in self.configs:
             return self.configs[kernel]
         key = kernel, q.shape[-1], v.shape[-1], q.dtype
-        found: Config = self._known(
-            key, lambda: default(kernel, shape_of(q, v), traits(self.bound.plan))
-        )
+        found: Config = self._known(key, lambda: self._chosen(kernel, q, v))
         return found
+
+    def _chosen(self, kernel: str, q: Tensor, v: Tensor) -> Config:
+        plan, binding = self.bound.plan, self.bound.binding
+        return choose(kernel, plan, binding, q, v, shape_of(q, v), traits(plan))
 
     def _known(self, key: Hashable, find: Callable[[], Any]) -> Any:
         if key not in self.memo:

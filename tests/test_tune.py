@@ -1,0 +1,219 @@
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+import attncc
+from attncc import tuned
+from attncc.backends.triton import launch, schedules
+from attncc.backends.triton.configs import (
+    KERNELS,
+    Config,
+    Shape,
+    Traits,
+    candidates,
+    default,
+    fits,
+    padded,
+    smaller,
+)
+from attncc.backends.triton.tune import Choice, Tuned, distance
+from attncc.errors import ArgumentError, UnsupportedError
+from attncc.settings import settings
+
+CAUSAL = "attention causal():\n    mask = kv_idx <= q_idx"
+WINDOW = "attention window(width: int):\n    mask = abs(q_idx - kv_idx) < width"
+
+LIMITS = {"A100": 163 * 1024, "H100": 227 * 1024, "RTX 4090": 99 * 1024}
+SHAPES = [
+    Shape(padded(dim), padded(value), itemsize, limit)
+    for dim, value in [*((d, d) for d in (16, 17, 64, 80, 128, 192, 256)), (64, 256), (192, 128)]
+    for itemsize, limit in product((2, 4), LIMITS.values())
+]
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNCC_CACHE_DIR", str(tmp_path / "cache"))
+    settings.cache_clear()
+    schedules.database.cache_clear()
+    yield tmp_path / "cache"
+    settings.cache_clear()
+    schedules.database.cache_clear()
+
+
+def run(text: str = CAUSAL, q_len: int = 100, heads: int = 4, **params: object) -> launch.Run:
+    plan = attncc.compile(text).plan(q_len=q_len, kv_len=100, heads=heads, kv_heads=2, **params)
+    return launch.Run(plan, 1.0)
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(1, 4, 100, dim, dtype=dtype), torch.empty(1, 2, 100, dim, dtype=dtype)
+
+
+def key(run: launch.Run, kernel: str = "forward", **made: object) -> tuned.Key:
+    return schedules.key(kernel, run.bound.plan, run.bound.binding, *inputs(**made))
+
+
+# -- schedules as text
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_schedule_reads_back(kernel):
+    for config in candidates(kernel, Shape(128, 128, 2)):
+        assert Config.parse(str(config)) == config
+    assert Config.parse(" 64x128, warps=4, stages=3 ") == Config(64, 128, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "64", "64x64", "64x64,warps=4", "48x64,warps=4,stages=2", "64x64,warps=3,stages=2",
+        "64x64,warps=4,stages=0", "8x64,warps=4,stages=1", "64x64,warps=4,stages=2,x",
+        "9" * 5000 + "x64,warps=4,stages=2", "64x64,warps=-4,stages=2",
+    ],
+)  # fmt: skip
+def test_what_is_no_schedule_says_what_one_is(text):
+    with pytest.raises(ArgumentError, match="128x64,warps=8,stages=3"):
+        Config.parse(text)
+
+
+def test_a_result_prints_lines_to_paste():
+    choice = Choice("forward", Config(64, 64, 4, 3), 0.3124, Config(128, 64, 4, 2), 0.3301)
+    line = "forward=64x64,warps=4,stages=3  312.4 us (default 330.1 us)"
+    assert str(Tuned((choice, choice))) == f"{line}\n{line}"
+
+
+# -- candidates and defaults
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_candidates_fit_and_are_legal(kernel):
+    for shape in SHAPES:
+        found = list(candidates(kernel, shape))
+        assert found, shape
+        assert len(found) == len(set(found))
+        assert all(c.legal and fits(kernel, c, shape) for c in found)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_defaults_fit_every_head_dim(kernel):
+    limits = LIMITS.values()
+    for dim, itemsize, limit in product(range(16, 257), (2, 4), limits):
+        shape = Shape(padded(dim), padded(dim), itemsize, limit)
+        for plain, short in product((False, True), repeat=2):
+            config = default(kernel, shape, Traits(plain, short))
+            assert config.legal, (shape, config)
+            assert fits(kernel, config, shape), (shape, config)
+
+
+def test_smaller_ends():
+    config, steps = Config(128, 128, 8, 4), 0
+    while (less := smaller(config)) is not None:
+        config, steps = less, steps + 1
+    assert config == Config(16, 16, 8, 1)
+    assert steps == 9
+
+
+def test_distance_counts_halvings():
+    assert distance(Config(64, 64, 4, 2), Config(64, 64, 4, 2)) == 0
+    assert distance(Config(128, 32, 8, 3), Config(64, 64, 4, 2)) == 4
+
+
+# -- the database
+
+
+def test_keys_tell_apart_what_moves_the_best_schedule():
+    base = run()
+    others = [
+        key(base, "backward_q"),
+        key(base, dtype=torch.float16),
+        key(base, dim=80),
+        key(run(q_len=300)),
+        key(run(heads=8)),
+        key(run(WINDOW, width=3)),
+        replace(key(base), triton="0.0"),
+        replace(key(base), attncc="0.0"),
+    ]
+    assert len({key(base), *others}) == 1 + len(others)
+
+
+def test_keys_are_equal_for_lengths_that_round_up_alike():
+    assert key(run(q_len=65)) == key(run(q_len=128))
+    assert key(run(q_len=64)) != key(run(q_len=65))
+    assert key(run(WINDOW, width=3)) == key(run(WINDOW, width=50))
+    assert "heads4 group2" in key(run()).shape
+
+
+def test_a_run_takes_what_was_tuned_for_calls_like_it():
+    q, v = inputs()
+    usual = run().config("forward", q, v)
+    best = Config(32, 32, 4, 1)
+    assert usual != best
+    tuned.store(schedules.record(key(run()), best, 0.1))
+    schedules.database.cache_clear()
+    assert run().config("forward", q, v) == best
+    assert run(q_len=300).config("forward", q, v) == usual
+    given = launch.Run(run().bound, 1.0, configs={"forward": usual})
+    assert given.config("forward", q, v) == usual
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+        {"BLOCK_M": 63, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 0, "num_stages": 2},
+        {"BLOCK_M": 256, "BLOCK_N": 256, "num_warps": 4, "num_stages": 8},
+    ],
+)
+def test_records_that_no_kernel_could_run_with_are_passed_over(config):
+    tuned.store(tuned.Record(key(run()), config, 0.1))
+    schedules.database.cache_clear()
+    shape, traits = Shape(64, 64, 2), launch.traits(run().bound.plan)
+    assert run().config("forward", *inputs()) == default("forward", shape, traits)
+
+
+def test_a_database_that_cannot_be_read_fails_no_call(cache_dir, monkeypatch):
+    cache_dir.mkdir(mode=0o700)
+    tuned.path().mkdir()
+    assert run().config("forward", *inputs())
+    cache_dir.chmod(0o777)  # refused, for others could write to it
+    schedules.database.cache_clear()
+    assert run().config("forward", *inputs())
+
+
+def test_the_choice_is_told_at_debug_level_1(monkeypatch, capsys):
+    monkeypatch.setenv("ATTNCC_DEBUG", "1")
+    settings.cache_clear()
+    schedules._tell.cache_clear()
+    run().config("forward", *inputs())
+    run().config("forward", *inputs())
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "causal" in told[0]
+    assert "by default" in told[0]
+
+
+# -- what is refused
+
+
+def test_tune_says_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, v = inputs(torch.float32)
+    with pytest.raises(UnsupportedError, match=r"tune times GPU kernels, .* on cpu"):
+        attncc.compile(CAUSAL).tune(q, v, v)
+
+
+def test_a_kernel_there_is_none_of_is_named(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, v = inputs(torch.float32)
+    with pytest.raises(ArgumentError, match="backward_v"):
+        attncc.compile(CAUSAL).tune(q, v, v, kernels=("backward_v",))
+
+
+def test_a_parameter_may_not_hide_behind_an_argument():
+    with pytest.raises(ArgumentError, match="time_budget"):
+        attncc.compile("attention f(time_budget: int):\n    mask = q_idx < time_budget")
