@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from triton.runtime.errors import InterpreterError
 
 from attncc.backends.triton.classify import KEYS, QUERIES
-from attncc.backends.triton.lists import ListMaker
-from attncc.binding import Binding
+from attncc.backends.triton.lists import ListMaker, key_lists
+from attncc.binding import Binding, bind_lengths
 from attncc.frontend import parse
 from attncc.ir.plan import Blocks, Plan
 from attncc.ir.program import Program
 from attncc.passes import analyze
+from attncc.plans import PlanCache
 from attncc.tiles import EMPTY, FULL, PARTIAL, BoundPlan
 from tests import strategies
 from tests.cases import bindings, dense_mask, dense_tiles
@@ -175,3 +176,16 @@ attention taken(q_low_0: int[kv_len], kv_high_1: int[kv_len], kv_low_2: int = 3,
     dense = dense_tiles(dense_mask(bound.plan.mask, bound.binding), bound.tile)
     assert (classes.eq(FULL) <= dense.every).all() and (dense.some <= classes.ne(EMPTY)).all()
     check(bound, 2)
+
+
+def test_calls_of_one_mask_share_lists() -> None:
+    text = "attention p(doc: int[kv_len], bias: float[heads]):\n"
+    text += "    mask = doc[q_idx] == doc[kv_idx]\n    score = score + bias[h]\n"
+    plan = analyze(parse(text)[0])
+    cache, doc = PlanCache(plan), torch.arange(40) // 7
+    made = []
+    for bias in (torch.zeros(2), torch.ones(2)):
+        sizes = {"q_len": 40, "kv_len": 40, "heads": 2}
+        binding = bind_lengths(plan.program, **sizes, arguments={"doc": doc, "bias": bias})
+        made.append(key_lists(cache(binding, (128, 128)).retiled((16, 16))))
+    assert made[0] is made[1]

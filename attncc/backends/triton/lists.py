@@ -20,6 +20,7 @@ from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import Axis, Expr, axes
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Plan, Segment
+from attncc.plans import CallPlan
 from attncc.tiles import BoundPlan
 
 CHUNK = 128
@@ -68,8 +69,11 @@ def query_lists(bound: BoundPlan) -> Lists:
 
 
 def _kept(bound: BoundPlan) -> ListMaker:
-    made = bound.kept.setdefault("triton lists", ListMaker(bound))
-    assert isinstance(made, ListMaker)
+    """One maker for all calls that keep the same pairs."""
+    home = bound.origin if isinstance(bound, CallPlan) else bound
+    made = home.kept.get("triton lists")
+    if not isinstance(made, ListMaker):
+        made = home.kept["triton lists"] = ListMaker(home)
     return made
 
 
