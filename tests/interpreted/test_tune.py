@@ -5,6 +5,7 @@ import attncc
 from attncc.backends.triton import schedules
 from attncc.backends.triton import tune as tuning
 from attncc.backends.triton.configs import KERNELS, Config
+from attncc.backends.triton.tune import Tuned
 from attncc.settings import settings
 
 WINDOW = """
@@ -67,6 +68,7 @@ def test_schedules_that_fail_are_survived_and_wrong_ones_refused(call, monkeypat
     assert choice.config == choice.default
     assert choice.failed == 1
     assert choice.wrong == (Config(32, 16, 4, 1),)
+    assert "# forward=32x16,warps=4,stages=1 was quicker" in str(Tuned((choice,)))
 
 
 def test_a_database_that_cannot_be_written_is_said(call, monkeypatch):
@@ -77,6 +79,14 @@ def test_a_database_that_cannot_be_written_is_said(call, monkeypatch):
     inputs, params = call
     found = attncc.compile(WINDOW).tune(*inputs, kernels=("forward",), **params)
     assert "read-only file system" in str(found)
+
+
+def test_weights_that_are_not_a_softmax_have_no_delta_to_start(call):
+    inputs, _ = call
+    attention = attncc.compile("attention f():\n    mask = true\n    normalize = sigmoid")
+    found = attention.tune(*inputs, kernels=("backward_q",))
+    assert not found.choices[0].wrong
+    assert found.choices[0].failed == 0
 
 
 def test_no_queries_leave_nothing_to_tune(call):

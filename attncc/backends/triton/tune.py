@@ -76,7 +76,12 @@ class Tuned:
 
     def __str__(self) -> str:
         lines = [str(choice) for choice in self.choices]
-        lines += [f"not kept for later: {self.not_kept}"] if self.not_kept else []
+        lines += [
+            f"# {choice.kernel}={config} was quicker, but its results were not the default's"
+            for choice in self.choices
+            for config in choice.wrong
+        ]
+        lines += [f"# not kept for later: {self.not_kept}"] if self.not_kept else []
         return "\n".join(lines) or "nothing to tune: no queries or no keys"
 
     @property
@@ -101,7 +106,8 @@ def tune(
     """
     _check(kernels, time_budget)
     end = time.monotonic() + time_budget
-    choices = []
+    choices: list[Choice] = []
+    not_kept = ""
     on_gpu = q.device.type == "cuda"
     with torch.no_grad(), torch.cuda.device(q.device) if on_gpu else nullcontext():
         bench = Bench(bound, q, k, v)
@@ -109,8 +115,10 @@ def tune(
             for at, kernel in enumerate(kernels):
                 share = max(end - time.monotonic(), 0.0) / (len(kernels) - at)
                 found = _Search(bench, kernel, share, progress).best()
-                choices += [found] if found else []
-    return Tuned(tuple(choices), _keep(bench, choices))
+                if found is not None:
+                    choices.append(found)
+                    not_kept = _keep(bench, found) or not_kept  # now, for a later one may crash
+    return Tuned(tuple(choices), not_kept)
 
 
 def _check(kernels: Iterable[str], time_budget: float) -> None:
@@ -122,13 +130,12 @@ def _check(kernels: Iterable[str], time_budget: float) -> None:
         raise ArgumentError(f"time_budget is {time_budget}", hint="it takes seconds, such as 120")
 
 
-def _keep(bench: Bench, choices: Iterable[Choice]) -> str:
-    """Stores the winners; returns why not, if it cannot."""
+def _keep(bench: Bench, choice: Choice) -> str:
+    """Stores a winner; returns why not, if it cannot."""
     plan, binding = bench.bound.plan, bench.bound.binding
+    key = schedules.key(choice.kernel, plan, binding, bench.q, bench.v)
     try:
-        for choice in choices:
-            key = schedules.key(choice.kernel, plan, binding, bench.q, bench.v)
-            tuned.store(schedules.record(key, choice.config, choice.ms))
+        tuned.store(schedules.record(key, choice.config, choice.ms))
     except (OSError, AttnccError) as error:
         return str(error)
     finally:
