@@ -25,10 +25,13 @@ types: $(VENV)/.installed-dev
 
 unit: $(VENV)/.installed-dev
 	$(LIMIT) $(BIN)/python -m pytest -n 2 -q -m "not slow"
+	TRITON_INTERPRET=1 $(LIMIT) $(BIN)/python -m pytest -n 2 -q tests/interpreted
 
 # Tens of thousands of random programs; hours. FUZZ=1000 sets the examples per property.
 fuzz: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fuzz FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 -q -m fuzz
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=fuzz FUZZ=$(FUZZ) \
+		$(BIN)/python -m pytest -n 2 -q -m fuzz tests/interpreted
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only .

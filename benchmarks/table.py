@@ -1,4 +1,4 @@
-"""Results of benchmarks.gpu as a table: python -m benchmarks.table FILE."""
+"""Results of benchmarks.gpu or benchmarks.cpu as tables: python -m benchmarks.table FILE."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 PEERS = {"attncc": "attncc", "flex": "FlexAttention", "cudnn": "cuDNN", "flash": "FA2"}
+
+
+CPU_PEERS = {"attncc": "attncc", "flex": "FlexAttention, compiled", "sdpa": "SDPA"}
+
+
+def rendered(path: Path) -> str:
+    """The tables of one results file."""
+    results = json.loads(path.read_text())
+    return cpu_markdown(results) if "milliseconds" in results else markdown(results)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -48,6 +57,29 @@ def _number(row: dict[str, Any], peer: str, kind: str) -> str:
     return f"**{text}**" if speeds[peer] == max(speeds.values()) else text
 
 
+def cpu_markdown(results: dict[str, Any]) -> str:
+    """Milliseconds of the forward, the best of a row in bold."""
+    machine, shape = results["machine"], results["shape"]
+    title = (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; forward, "
+        f"{shape['dtype']}, H{shape['heads']} N{shape['length']} D{shape['head_dim']}; least "
+        "milliseconds of interleaved rounds."
+    )
+    lines = [f"| | {' | '.join(CPU_PEERS.values())} |", f"|---|{'---|' * len(CPU_PEERS)}"]
+    for name, found in results["milliseconds"].items():
+        best = min(found[peer]["least"] for peer in CPU_PEERS if peer in found)
+        cells = " | ".join(_milliseconds(found, peer, best) for peer in CPU_PEERS)
+        lines.append(f"| {name.replace('_', ' ')} | {cells} |")
+    return "\n\n".join([title, "\n".join(lines)]) + "\n"
+
+
+def _milliseconds(found: dict[str, Any], peer: str, best: float) -> str:
+    if peer not in found:
+        return "-"
+    least = found[peer]["least"]
+    return f"**{least:.1f}**" if least == best else f"{least:.1f}"
+
+
 def line(row: dict[str, Any]) -> str:
     """One row in plain text, with attncc's speed over FlexAttention's."""
     text = f"{row['row']:36} {row['shape']:22}"
@@ -66,4 +98,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())), end="")
+    print(rendered(Path(sys.argv[1])), end="")
