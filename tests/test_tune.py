@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from itertools import product
 
@@ -6,7 +7,7 @@ import torch
 
 import attncc
 from attncc import tuned
-from attncc.backends.triton import launch, schedules
+from attncc.backends.triton import launch, schedules, tune
 from attncc.backends.triton.configs import (
     KERNELS,
     Config,
@@ -18,7 +19,7 @@ from attncc.backends.triton.configs import (
     padded,
     smaller,
 )
-from attncc.backends.triton.tune import Choice, Tuned, distance
+from attncc.backends.triton.tune import FINALISTS, Choice, Tuned, distance
 from attncc.errors import ArgumentError, UnsupportedError
 from attncc.settings import settings
 
@@ -195,6 +196,64 @@ def test_the_choice_is_told_at_debug_level_1(monkeypatch, capsys):
     assert len(told) == 1
     assert "causal" in told[0]
     assert "by default" in told[0]
+
+
+# -- compiling
+
+
+class Compilation:
+    """Stands for a Launch."""
+
+    def __init__(self, seconds: float = 0.0, error: str = "") -> None:
+        self.seconds, self.error = seconds, error
+
+    def compile(self) -> None:
+        time.sleep(self.seconds)
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def finished(compilations, seconds):
+    configs = [Config(16, 16, 4, stages) for stages in range(1, 1 + len(compilations))]
+    tasks = dict(zip(configs, compilations, strict=True))
+    found = list(tune._finished(tasks, seconds, torch.device("cpu")))
+    return {configs.index(config): future for config, future in found}
+
+
+def test_compilations_fail_alone():
+    found = finished([Compilation(), Compilation(error="no such layout"), Compilation()], 10)
+    assert sorted(found) == [0, 1, 2]
+    assert [str(found[n].exception() or "") for n in range(3)] == ["", "no such layout", ""]
+
+
+def test_no_compilation_is_begun_after_the_budget(monkeypatch):
+    monkeypatch.setattr(tune, "_workers", lambda: 1)
+    begun = time.monotonic()
+    found = finished([Compilation(), Compilation(0.3), Compilation(60), Compilation(60)], 0.1)
+    assert sorted(found) == [0, 1]
+    assert time.monotonic() - begun < 10
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_runs_what_was_tuned():
+    rng = torch.Generator("cuda").manual_seed(0)
+    make = {"generator": rng, "device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    q, k, v = (torch.randn(2, heads, 2048, 64, **make) for heads in (8, 2, 2))
+    attention = attncc.compile(CAUSAL)
+    found = attention.tune(q, k, v, time_budget=60)
+    assert [choice.kernel for choice in found.choices] == list(KERNELS)
+    for choice in found.choices:
+        assert choice.ms <= choice.default_ms
+        assert choice.timed > FINALISTS
+        assert not choice.wrong
+    assert len(schedules.database()) == len(KERNELS)
+    attention(q, k, v).sum().backward()
+    out, expected = attention(q, k, v), attention.reference(q, k, v, dtype=torch.float64)
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
 
 
 # -- what is refused

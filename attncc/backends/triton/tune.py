@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -197,20 +197,12 @@ class _Search:
             return self._recorded(found[:INTERPRETED])
         launches = self._recorded(found)
         self._show("compiling", len(launches))
-        compiled: dict[Config, Launch] = {}
-        pool = ThreadPoolExecutor(_workers(), initializer=_on(self.bench.q.device))
-        try:
-            futures = {pool.submit(one.compile): config for config, one in launches.items()}
-            for future in as_completed(futures, timeout=self._left(COMPILING)):
-                self.progress.advance(self.task)
-                if self._survives(future.result):
-                    compiled[futures[future]] = launches[futures[future]]
-        except TimeoutError:
-            pass
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # nothing compiles while others are timed
-        compiled |= {futures[f]: launches[futures[f]] for f in futures if _ended_well(f)}
-        return compiled
+        done: dict[Config, Launch] = {}
+        for config, compiled in _finished(launches, self._left(COMPILING), self.bench.q.device):
+            self.progress.advance(self.task)
+            if self._survives(compiled.result):
+                done[config] = launches[config]
+        return done
 
     def _recorded(self, configs: Iterable[Config]) -> dict[Config, Launch]:
         launches: dict[Config, Launch] = {}
@@ -315,8 +307,22 @@ def _clocked(launch: Launch) -> float:
     return 1e3 * (time.perf_counter() - begun)
 
 
-def _ended_well(future: Future[None]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
+def _finished(
+    launches: Mapping[Config, Launch], seconds: float, device: torch.device
+) -> Iterator[tuple[Config, Future[None]]]:
+    """Compilations in the order in which they end; none is begun after `seconds`."""
+    pool = ThreadPoolExecutor(_workers(), initializer=_on(device))
+    futures = {pool.submit(launch.compile): config for config, launch in launches.items()}
+    given: set[Future[None]] = set()
+    try:
+        for future in as_completed(futures, timeout=seconds):
+            given.add(future)
+            yield futures[future], future
+    except TimeoutError:
+        pass
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # nothing compiles while others are timed
+    yield from ((futures[f], f) for f in futures if f not in given and not f.cancelled())
 
 
 def _workers() -> int:
@@ -326,7 +332,7 @@ def _workers() -> int:
 
 def _on(device: torch.device) -> Callable[[], None]:
     """For each thread: the current device is the thread's own."""
-    return lambda: torch.cuda.set_device(device)
+    return lambda: torch.cuda.set_device(device) if device.type == "cuda" else None
 
 
 def _progress() -> AbstractContextManager[Progress]:
