@@ -127,6 +127,7 @@ def _constants(call: Call, config: Config) -> dict[str, Any]:
         "BLOCK_D": padded(call.head_dim),
         "BLOCK_DV": padded(call.value_dim),
         "HAS_DLSE": False,
+        "FIXED_POINT": 0,
         "CHUNK": CHUNK,
         "WIDTH": WIDTH,
     }
@@ -147,7 +148,7 @@ def _signature(found: Spec, call: Call, config: Config) -> dict[str, str]:
         types[f"{name}_desc"] = _descriptor(name, call, config)
     types |= {name + end: "i32" for name in (*_INPUTS, "count", "order") for end in _STRIDES}
     for at, gradient in enumerate(found.lowering.gradients):
-        types[f"grad_{at}_ptr"] = "*fp32"
+        types[f"grad_{at}_ptr"] = types[f"grad_{at}_top_ptr"] = "*fp32"
         types |= {f"grad_{at}_stride_{n}": "i32" for n in range(len(gradient.load.at))}
     return types | _parameters(found)
 

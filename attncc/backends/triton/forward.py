@@ -236,7 +236,8 @@ def _kernel(file: File, mods: Mods, attend: Function) -> Function:
     state = ", ".join(_state(spec))
     if tiles.full is not None:
         body += "# -- unmasked tiles\n" + walk_tiles(attend, state, "kv_tile", *tiles.full, False)
-    body += "# -- partial tiles\n" + walk_tiles(attend, state, "kv_tile", *tiles.partial, True)
+    body += "# -- partial tiles\n"
+    body += walk_tiles(attend, state, "kv_tile", *tiles.partial, True, once=tiles.once)
     return define("forward", args, body + _store(file, mods), kernel=True)
 
 
@@ -248,12 +249,16 @@ def walk_tiles(
     tiles: list[str],
     masked: bool,
     renamed: dict[str, str] | None = None,
+    *,
+    once: bool = False,
 ) -> str:
-    """A loop that folds `count` tiles, each numbered by the last of `tiles`."""
+    """A loop that folds `count` tiles, each numbered by the last of `tiles`; one at most if `once`,
+    which then takes no registers for a pipeline (full attention at D128 on sm_90: 64 bytes)."""
     lines = [f"{name} = {tile.format(tile=name)}" for tile in tiles]
     lines.append(fold.assigned(state, {**(renamed or {}), "MASKED": str(masked)}))
     body = indented("\n".join(lines))
-    return f"for i in tl.range(0, {count}):\n{body}\n\n"
+    head = f"if {count} > 0:" if once else f"for i in tl.range(0, {count}):"
+    return f"{head}\n{body}\n\n"
 
 
 def _sink_extra(file: File) -> tuple[str, ...]:

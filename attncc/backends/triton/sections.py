@@ -34,6 +34,7 @@ class Spec:
     ptx:         for NVIDIA GPUs, so a function may be one of their instructions.
     descriptors: tiles come through tensor descriptors (sm_90 and up), not pointers.
     wide:        integers of the mods need 64 bits.
+    merged:      listed tiles share one loop, all masked: short loops start once, not twice.
     """
 
     lowering: Lowering
@@ -41,6 +42,7 @@ class Spec:
     ptx: bool
     descriptors: bool
     wide: bool = False
+    merged: bool = False
 
     @property
     def params(self) -> Params:
@@ -226,11 +228,15 @@ h = bh % heads
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """How a kernel walks the tiles of its other side: set-up lines, and per loop count and tile."""
+    """How a kernel walks the tiles of its other side: set-up lines, and per loop count and tile.
+
+    once: there is one partial tile at most, the ragged last one.
+    """
 
     setup: str
     full: tuple[str, list[str]] | None
     partial: tuple[str, list[str]]
+    once: bool = False
 
 
 def loop(file: File, rows: str, columns: str, block: str) -> Loop:
@@ -238,12 +244,12 @@ def loop(file: File, rows: str, columns: str, block: str) -> Loop:
     plan = file.spec.lowering.plan
     ranges = plan.key_ranges if columns == "kv" else plan.query_ranges
     if plan.blocks is Blocks.LISTS:
-        return _list_loop(rows)
+        return _list_loop(rows, file.spec.merged)
     assert ranges is not None
     return _range_loop(file, ranges, columns, block)
 
 
-def _list_loop(rows: str) -> Loop:
+def _list_loop(rows: str, merged: bool) -> Loop:
     setup = f"""\
 # -- its tiles, from the lists
 list_row = b * count_stride_b + h * count_stride_h + {rows}_tile
@@ -252,6 +258,9 @@ partial_count = tl.load(partial_count_ptr + list_row)
 full_list_ptr = index_ptr + tl.load(start_ptr + list_row)
 partial_list_ptr = full_list_ptr + full_count
 """
+    if merged:
+        tile = ["tl.load(full_list_ptr + i).to(tl.int32)"]
+        return Loop(setup, None, ("full_count + partial_count", tile))
     return Loop(
         setup,
         ("full_count", ["tl.load(full_list_ptr + i).to(tl.int32)"]),
@@ -272,6 +281,9 @@ def _range_loop(file: File, ranges: Ranges, columns: str, block: str) -> Loop:
     if not full:
         return Loop("\n".join(lines) + "\n", None, partial)
     lo, hi = full[0]
+    if file.spec.lowering.mask is None:
+        partial = (counts, starts)
+        return Loop("\n".join(lines) + "\n", (f"{hi} - {lo}", [f"{lo} + i"]), partial, once=True)
     if len(full) == 1:
         return Loop("\n".join(lines) + "\n", (f"{hi} - {lo}", [f"{lo} + i"]), partial)
     lines.append(f"full_count_0 = {hi} - {lo}")
