@@ -29,7 +29,9 @@ class CallPlan(BoundPlan):
     def retiled(self, tile: tuple[int, int]) -> BoundPlan:
         if tile == self.tile:
             return self
-        return replace(self, tile=tile, origin=self.origin.retiled(tile))
+        if tile not in self._others:
+            self._others[tile] = replace(self, tile=tile, origin=self.origin.retiled(tile))
+        return self._others[tile]
 
     def classify(self) -> Tensor:
         return self.origin.classify()

@@ -34,7 +34,6 @@ class Spec:
     ptx:         for NVIDIA GPUs, so a function may be one of their instructions.
     descriptors: tiles come through tensor descriptors (sm_90 and up), not pointers.
     wide:        integers of the mods need 64 bits.
-    merged:      listed tiles share one loop, all masked: short loops start once, not twice.
     """
 
     lowering: Lowering
@@ -42,7 +41,6 @@ class Spec:
     ptx: bool
     descriptors: bool
     wide: bool = False
-    merged: bool = False
 
     @property
     def params(self) -> Params:
@@ -244,12 +242,12 @@ def loop(file: File, rows: str, columns: str, block: str) -> Loop:
     plan = file.spec.lowering.plan
     ranges = plan.key_ranges if columns == "kv" else plan.query_ranges
     if plan.blocks is Blocks.LISTS:
-        return _list_loop(rows, file.spec.merged)
+        return _list_loop(rows)
     assert ranges is not None
     return _range_loop(file, ranges, columns, block)
 
 
-def _list_loop(rows: str, merged: bool) -> Loop:
+def _list_loop(rows: str) -> Loop:
     setup = f"""\
 # -- its tiles, from the lists
 list_row = b * count_stride_b + h * count_stride_h + {rows}_tile
@@ -258,9 +256,6 @@ partial_count = tl.load(partial_count_ptr + list_row)
 full_list_ptr = index_ptr + tl.load(start_ptr + list_row)
 partial_list_ptr = full_list_ptr + full_count
 """
-    if merged:
-        tile = ["tl.load(full_list_ptr + i).to(tl.int32)"]
-        return Loop(setup, None, ("full_count + partial_count", tile))
     return Loop(
         setup,
         ("full_count", ["tl.load(full_list_ptr + i).to(tl.int32)"]),
