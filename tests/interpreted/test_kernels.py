@@ -91,3 +91,9 @@ def test_no_queries_or_no_keys(q_len: int, kv_len: int) -> None:
     program = load(Path("examples/causal.attn"))
     binding = bind(program, Lengths(1, 2, 1, q_len, kv_len, 16))
     check(program, binding, inputs(binding, value_dim=16))
+
+
+def test_a_mask_that_keeps_nothing() -> None:
+    (program,) = parse("attention none():\n    mask = kv_idx != kv_idx\n")
+    binding = bind(program, Lengths(1, 2, 1, 20, 20, 16))
+    check(program, binding, inputs(binding, value_dim=16))

@@ -379,6 +379,8 @@ def _partial(
     lines: list[str],
 ) -> tuple[list[str], str]:
     """First tiles of the partial pieces, and their total count; adds lines that compute them."""
+    if not visit:  # the mask keeps no pair
+        return ["0"], "0"
     starts: list[str] = []
     total = ""
     pieces = [(v, g) for g in gaps for v in visit]
