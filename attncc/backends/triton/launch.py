@@ -81,7 +81,7 @@ class Run:
 
     def _chosen(self, kernel: str, q: Tensor, v: Tensor) -> Config:
         plan, binding = self.bound.plan, self.bound.binding
-        return choose(kernel, plan, binding, q, v, shape_of(q, v), traits(plan, binding.kv_len))
+        return choose(kernel, plan, binding, q, v, shape_of(q, v), traits(plan))
 
     def _known(self, key: Hashable, find: Callable[[], Any]) -> Any:
         if key not in self.memo:
@@ -97,16 +97,12 @@ def scale_of(plan: Plan, binding: Binding) -> float:
     return float(evaluate_unchecked(expr, Env({}, binding.scalars, dtype=torch.float64)))
 
 
-LONG = 16384
-"""From so many keys on, listed rows are taken to be long; lists themselves stay on the device."""
-
-
-def traits(plan: Plan, kv_len: int = 0) -> Traits:
+def traits(plan: Plan) -> Traits:
     """What of a plan moves its best schedule."""
     masked = plan.mask != TRUE
     short = masked and (plan.blocks is Blocks.LISTS or plan.query_order is Order.NATURAL)
     plain = not masked and plan.score == Score()
-    return Traits(plain, short, listed=plan.blocks is Blocks.LISTS and kv_len < LONG)
+    return Traits(plain, short, listed=plan.blocks is Blocks.LISTS)
 
 
 def shape_of(q: Tensor, v: Tensor) -> Shape:

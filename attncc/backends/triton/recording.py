@@ -109,7 +109,7 @@ class Bench:
 
     @property
     def traits(self) -> Traits:
-        return launch.traits(self.bound.plan, self.bound.binding.kv_len)
+        return launch.traits(self.bound.plan)
 
     def launch(self, kernel: str, config: Config) -> Launch | None:
         """A kernel under a schedule, what it reads computed; None where there is nothing to do."""
