@@ -170,12 +170,15 @@ _OWN = re.compile(
     r"|.*(stride|size|tile|capacity|index|order|attend|grad).*|[A-Z_]+|"
     + "|".join(HELPERS)
     + r"|row|chunk|inside|more|(q|kv)_(low|high)_\d+|.*_entries"
+    r"|at|columns|dlse|forward|g|gather|in_order|own|rows|start|summarize|top|total|whole|m_new"
+    r"|.*_(head|keys|kv|list|lists|pairs|q|queries|row|slope|ds|at_\d+|(lo|hi)_\d+)"
+    r"|(q|kv)_(int|float|terms|values|ends)"
 )
 
 
 def _is_own(name: str) -> bool:
-    """No name of a file's own ends in an underscore."""
-    return not name.endswith("_") and _OWN.fullmatch(name) is not None
+    """No name of a file's own ends in an underscore, but that of what is not used."""
+    return name == "_" or (not name.endswith("_") and _OWN.fullmatch(name) is not None)
 
 
 class Names:
