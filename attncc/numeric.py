@@ -165,7 +165,8 @@ RULES: dict[Op, Callable[..., Span]] = {
 }
 """Total over the operators that can give an int, but for where."""
 
-INT32 = range(-(2**31), 2**31)
+INT32 = range(-(2**31) + 4096, 2**31 - 4096)
+"""With room for rounding up to a tile."""
 
 
 def index_bits(plan: Plan, binding: Binding) -> int:

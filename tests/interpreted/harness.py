@@ -153,4 +153,6 @@ def check(program: Program, binding: Binding, given: Inputs, **options: object) 
         size = value[finite].abs().max().item()
         error = (mine - value)[finite].abs().max().item()
         allowed = 4 * (theirs - value)[finite].abs().max().item() + 2e-5 * max(size, 1.0)
-        assert error <= allowed, f"{name} is off by {error}, of {size}, allowed {allowed}\n{program}"
+        assert error <= allowed, (
+            f"{name} is off by {error}, of {size}, allowed {allowed}\n{program}"
+        )

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attncc
 from attncc.binding import Binding
 from attncc.frontend import parse
 from attncc.inputs import Lengths, captured
@@ -97,3 +98,19 @@ def test_a_mask_that_keeps_nothing() -> None:
     (program,) = parse("attention none():\n    mask = kv_idx != kv_idx\n")
     binding = bind(program, Lengths(1, 2, 1, 20, 20, 16))
     check(program, binding, inputs(binding, value_dim=16))
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40, -(2**31), -(2**40)])
+def test_scalars_at_the_end_of_32_bits(window: int) -> None:
+    text = "mask = q_idx >= kv_idx and q_idx - kv_idx < window"
+    attention = attncc.compile(f"attention far(window: int):\n    {text}\n")
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 40, 16, generator=rng, requires_grad=True) for _ in range(3))
+    found, wanted = (
+        torch.autograd.grad(
+            attention(q, k, v, window=window, backend=name).square().sum(), (q, k, v)
+        )
+        for name in ("triton", "dense")
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)

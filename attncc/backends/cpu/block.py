@@ -149,7 +149,7 @@ class Block:
 
     def flat(self, x: Tensor) -> Tensor:
         """[rows, members, queries, C] as [rows, members * queries, C]."""
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        return x.flatten(1, 2)
 
     def keys(self, x: Tensor, run: Run) -> Tensor:
         """One run's part of a [N, KV, C] tensor, a view."""

@@ -113,7 +113,10 @@ class File:
         self.spec = spec
         program = spec.lowering.plan.program
         self.names = Names(p.name for p in program.params)
-        self.printer = Printer(self.names, spec.lowering.plan.proved_loads, spec.ptx)
+        proved = spec.lowering.plan.proved_loads
+        self.printer = Printer(self.names, proved, spec.ptx)
+        self.ends = Printer(self.names, proved, spec.ptx, wide=spec.wide)
+        self.ends.helpers = self.printer.helpers
         self.functions: list[Function] = []
 
     def extras(self, exprs: Sequence[Expr | None]) -> tuple[str, ...]:
@@ -265,8 +268,8 @@ partial_list_ptr = full_list_ptr + full_count
 
 def _range_loop(file: File, ranges: Ranges, columns: str, block: str) -> Loop:
     lines = ["# -- its tiles: visited ones, those that need no mask, and the partial rest"]
-    visit = _tiles(file, ranges.visit, "visit", block, outward=True, lines=lines)
-    full = _tiles(file, ranges.unmasked, "full", block, outward=False, lines=lines)
+    visit = _tiles(file, ranges.visit, "visit", block, columns, outward=True, lines=lines)
+    full = _tiles(file, ranges.unmasked, "full", block, columns, outward=False, lines=lines)
     gaps = _gaps(full)
     if full and _from_zero(ranges.visit) and _from_zero(ranges.unmasked):
         gaps = gaps[1:]
@@ -292,6 +295,7 @@ def _tiles(
     segments: Sequence[Segment],
     name: str,
     block: str,
+    columns: str,
     *,
     outward: bool,
     lines: list[str],
@@ -301,10 +305,11 @@ def _tiles(
     result = []
     for at, segment in enumerate(segments):
         lo, hi = (f"{name}_{end}" + (f"_{at}" if len(segments) > 1 else "") for end in ("lo", "hi"))
-        before, (lo_text, hi_text) = file.printer.body((segment.lo, segment.hi))
+        before, (lo_text, hi_text) = file.ends.body((segment.lo, segment.hi))
         lines += before
         lo_text, hi_text = (
-            _narrow(text, expr) for text, expr in ((lo_text, segment.lo), (hi_text, segment.hi))
+            _narrow(file.spec, text, expr, f"{columns}_len")
+            for text, expr in ((lo_text, segment.lo), (hi_text, segment.hi))
         )
         if outward:
             first, end = f"{_grouped(lo_text)} // {block}", f"tl.cdiv({hi_text}, {block})"
@@ -317,11 +322,13 @@ def _tiles(
     return result
 
 
-def _narrow(text: str, expr: Expr) -> str:
-    """Text of 32 bits: arguments and captured tensors may be wider, but no end is."""
+def _narrow(spec: Spec, text: str, expr: Expr, length: str) -> str:
+    """Text of 32 bits: arguments and captured tensors may be wider."""
     wide = any(
         isinstance(n, Load) or (isinstance(n, Scalar) and n.param not in SIZES) for n in walk(expr)
     )
+    if wide and spec.wide:
+        return f"tl.minimum(tl.maximum({text}, 0), {length}).to(tl.int32)"
     return f"{_grouped(text)}.to(tl.int32)" if wide else text
 
 

@@ -11,6 +11,7 @@ from typing import assert_never
 
 from attncc.ir import ops
 from attncc.ir.expr import (
+    SIZES,
     Apply,
     Axis,
     Const,
@@ -212,14 +213,21 @@ class Printer:
     """Prints the expressions of one kernel file and remembers which helpers they need."""
 
     def __init__(
-        self, names: Names, proved: frozenset[Expr], ptx: bool = False, bounds: bool = False
+        self,
+        names: Names,
+        proved: frozenset[Expr],
+        ptx: bool = False,
+        bounds: bool = False,
+        wide: bool = False,
     ) -> None:
-        """bounds: for expressions that bound others, whose ints take 64 bits, and whose nan means
+        """wide: int scalars take 64 bits.
+        bounds: for expressions that bound others, whose ints take 64 bits, and whose nan means
         that nothing is known, so that min and max must keep it."""
         self.names = names
         self.proved = proved
         self.ptx = ptx
         self.bounds = bounds
+        self.wide = wide
         self.helpers: set[str] = set()
 
     @property
@@ -281,6 +289,8 @@ class _Body:
             case Scalar(param):
                 own = param is SCALE
                 name = param.name if own else self.printer.names[param.name]
+                if self.printer.wide and param.kind is Kind.INT and param not in SIZES:
+                    return f"{name}.to(tl.int64)", P_ATOM
                 return (f"{name} != 0", P_COMPARE) if param.kind is Kind.BOOL else (name, P_ATOM)
             case Score():
                 return "score", P_ATOM
