@@ -51,7 +51,7 @@ def test_examples_equal_dense(path: Path, lengths: Lengths, descriptors: bool) -
     check(program, binding, given, descriptors=descriptors)
 
 
-@settings(max_examples=25)
+@settings(max_examples=max(25, settings.default.max_examples // 4))
 @given(strategies.programs(), bindings(1, 30), st.booleans(), st.booleans())
 def test_random_programs_equal_dense(
     program: Program, binding: Binding, descriptors: bool, deterministic: bool
