@@ -310,7 +310,7 @@ def _group(file: File, mods: BackwardMods, fold: Function, sums: list[str]) -> s
     state = ", ".join(_state(mods, "kv"))
     if tiles.full is not None:
         body += walk_tiles(fold, state, "q_tile", *tiles.full, False, renamed)
-    body += walk_tiles(fold, state, "q_tile", *tiles.partial, True, renamed, once=tiles.once)
+    body += walk_tiles(fold, state, "q_tile", *tiles.partial, True, renamed)
     for name in sums:
         at = "(b * heads + h).to(tl.int64) * kv_len + columns"
         body += f"tl.store({name}_ptr + {at}, {name}, mask=columns < kv_len)\n"
@@ -346,7 +346,7 @@ def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
     state = ", ".join(_state(mods, "q"))
     if tiles.full is not None:
         body += walk_tiles(fold, state, "kv_tile", *tiles.full, False)
-    body += walk_tiles(fold, state, "kv_tile", *tiles.partial, True, once=tiles.once)
+    body += walk_tiles(fold, state, "kv_tile", *tiles.partial, True)
     body += "# -- store\n"
     for name in sums:
         at = "bh.to(tl.int64) * q_len + rows"

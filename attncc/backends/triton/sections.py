@@ -229,15 +229,11 @@ h = bh % heads
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """How a kernel walks the tiles of its other side: set-up lines, and per loop count and tile.
-
-    once: there is one partial tile at most, the ragged last one.
-    """
+    """How a kernel walks the tiles of its other side: set-up lines, and per loop count and tile."""
 
     setup: str
     full: tuple[str, list[str]] | None
     partial: tuple[str, list[str]]
-    once: bool = False
 
 
 def loop(file: File, rows: str, columns: str, block: str) -> Loop:
@@ -279,9 +275,6 @@ def _range_loop(file: File, ranges: Ranges, columns: str, block: str) -> Loop:
     if not full:
         return Loop("\n".join(lines) + "\n", None, partial)
     lo, hi = full[0]
-    if file.spec.lowering.mask is None:
-        partial = (counts, starts)
-        return Loop("\n".join(lines) + "\n", (f"{hi} - {lo}", [f"{lo} + i"]), partial, once=True)
     if len(full) == 1:
         return Loop("\n".join(lines) + "\n", (f"{hi} - {lo}", [f"{lo} + i"]), partial)
     lines.append(f"full_count_0 = {hi} - {lo}")

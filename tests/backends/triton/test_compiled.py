@@ -39,6 +39,11 @@ BACKWARDS = (
 )
 
 
+SPILLS = {("full", "sm_90", 128): 64}
+"""Bytes spilled in the loop over a ragged last tile only, by a schedule that runs at 562 TFLOP/s on
+an H100 where the best one without spills runs at 519."""
+
+
 def rows(name: str, target: str, dim: int, only: str) -> dict[str, aot.Compiled]:
     plan = analyze(parse(Path(f"examples/{name}.attn").read_text())[0])
     call = emit.Call("bf16", dim, dim, 2)
@@ -49,7 +54,7 @@ def rows(name: str, target: str, dim: int, only: str) -> dict[str, aot.Compiled]
 @pytest.mark.parametrize(("name", "target", "dim"), FORWARDS)
 def test_forward_has_no_spills(name: str, target: str, dim: int) -> None:
     (compiled,) = rows(name, target, dim, "forward").values()
-    assert compiled.spills == 0
+    assert compiled.spills <= SPILLS.get((name, target, dim), 0)
     assert compiled.matrix_ops() > 0, compiled.instructions()
     assert compiled.fits
 
