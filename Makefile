@@ -8,6 +8,7 @@ LIMIT := $(if $(shell command -v timeout),timeout $(TEST_MINUTES)m)
 INPUTS := pyproject.toml constraints.txt
 
 export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test lint types unit fuzz format clean
 

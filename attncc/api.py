@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -27,7 +28,7 @@ from attncc.plans import (
     lengths,
     mask_arguments,
 )
-from attncc.settings import Debug, settings
+from attncc.settings import Debug, settings, tell
 from attncc.tiles import BoundPlan
 
 if TYPE_CHECKING:
@@ -229,8 +230,12 @@ class Attention:
     @cached_property
     def static(self) -> Plan:
         """What the passes found out, for any lengths and arguments."""
-        debug = print if settings().debug >= Debug.PASSES else None
-        return analyze(self.program, debug)
+        begun = time.perf_counter()
+        passes = settings().debug >= Debug.PASSES  # showing them costs more than they do
+        plan = analyze(self.program, partial(tell, Debug.PASSES) if passes else None)
+        spent = 1e3 * (time.perf_counter() - begun)
+        tell(Debug.TIMES, f"{self.program.name}: analysed in {spent:.1f} ms")
+        return plan
 
     # -- binding
 

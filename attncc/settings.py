@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,6 +24,12 @@ class Debug(IntEnum):
     TIMES = 2
     PASSES = 3
     SOURCE = 4
+
+
+def tell(level: Debug, text: str) -> None:
+    """Prints to standard error where ATTNCC_DEBUG is at least `level`."""
+    if settings().debug >= level:
+        print(f"attncc: {text}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

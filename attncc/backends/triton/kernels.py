@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ from attncc.backends.triton.forward import forward_source
 from attncc.backends.triton.lower import lower
 from attncc.backends.triton.sections import Spec
 from attncc.ir.plan import Plan
+from attncc.settings import Debug, tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +54,9 @@ def lists(plan: Plan, doubles: bool) -> dict[str, Kernel]:
 
 
 def _load(stem: str, text: str, names: tuple[str, ...]) -> dict[str, Kernel]:
+    begun = time.perf_counter()
     module: ModuleType = cache.load_module(cache.write_source(stem, text))
+    spent = 1e3 * (time.perf_counter() - begun)
+    tell(Debug.TIMES, f"{module.__file__}: written and imported in {spent:.1f} ms")
+    tell(Debug.SOURCE, text)
     return {n: Kernel(f := getattr(module, n), tuple(f.arg_names)) for n in names}

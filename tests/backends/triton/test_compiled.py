@@ -39,7 +39,7 @@ BACKWARDS = (
 )
 
 
-SPILLS = {("full", "sm_90", 128): 64}
+SPILLS = {("full", "sm_90", 128): 80}
 """Bytes spilled in the loop over a ragged last tile only, by a schedule that runs at 562 TFLOP/s on
 an H100 where the best one without spills runs at 519."""
 
