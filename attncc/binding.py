@@ -22,7 +22,8 @@ INTS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 DTYPES = {Kind.FLOAT: FLOATS, Kind.INT: INTS, Kind.BOOL: (torch.bool,)}
 """Dtypes a captured tensor of each kind may have; of q, k and v those of a float."""
 
-INT64 = range(-(2**63), 2**63)
+SAFE = range(-(2**62), 2**62 + 1)
+"""Ints that a position can be added to in 64 bits, as bounds of ranges do."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,11 @@ def _scalar(param: ScalarParam, value: object) -> Number:
         case (Kind.BOOL, bool()):
             return value
         case (Kind.INT, int()) if not isinstance(value, bool):
-            if value not in INT64:
-                raise ArgumentError(f"{param.name} is {value}, which does not fit 64 bits")
+            if value not in SAFE:
+                raise ArgumentError(
+                    f"{param.name} is {value}, expected an int from -2**62 to 2**62",
+                    hint="for no bound at all, any number above the lengths serves",
+                )
             return value
         case (Kind.FLOAT, int() | float()) if not isinstance(value, bool):
             return float(value)

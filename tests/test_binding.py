@@ -81,7 +81,10 @@ ARGUMENTS = {
     "text for float": ({"cap": "x"}, "cap is 'x', a str, expected a float"),
     "int for bool": ({"on": 1}, "on is 1, an int, expected a bool\n    write True or False"),
     "none for int": ({"must": None}, "must is None, None, expected an int\n    write int(...)"),
-    "too large": ({"window": 2**63}, "window is 9223372036854775808, which does not fit 64 bits"),
+    "too large": (
+        {"window": 2**63},
+        "window is 9223372036854775808, expected an int from -2**62 to 2**62",
+    ),
     "tensor for scalar": (
         {"window": torch.zeros(2)},
         "window is a tensor of shape [2], expected an int\n"
