@@ -83,7 +83,8 @@ ARGUMENTS = {
     "none for int": ({"must": None}, "must is None, None, expected an int\n    write int(...)"),
     "too large": (
         {"window": 2**63},
-        "window is 9223372036854775808, expected an int from -2**62 to 2**62",
+        "window is 9223372036854775808, expected an int from -2**62 to 2**62\n"
+        "    for no bound at all, any number above the lengths serves",
     ),
     "tensor for scalar": (
         {"window": torch.zeros(2)},
