@@ -1,4 +1,4 @@
-"""The CPU backend beside compiled FlexAttention and SDPA, interleaved: python benchmarks/cpu.py"""
+"""The CPU backend beside compiled FlexAttention and SDPA, interleaved: python -m benchmarks.cpu"""
 
 from __future__ import annotations
 
