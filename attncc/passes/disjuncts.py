@@ -29,7 +29,6 @@ Literal = AtMostZero | Expr
 Conjunct = tuple[Literal, ...]
 Disjuncts = list[Conjunct]
 
-NEVER: Disjuncts = []
 ALWAYS: Disjuncts = [()]
 
 

@@ -252,8 +252,9 @@ def walk_tiles(
 ) -> str:
     """A loop that folds `count` tiles, each numbered by the last of `tiles`.
 
-    A loop even where there is one tile at most: an `if` in its place takes fewer registers, but
-    Triton 3.6 then read past a program's shared memory on an H100 (17 keys, value dim 16).
+    A loop even where there is one tile at most. An `if` in its place takes fewer registers, but a
+    kernel that had it read past its shared memory on an H100 (Triton 3.6, 17 keys, value dim 16,
+    unaligned rows); whether the `if` was the cause is not settled.
     """
     lines = [f"{name} = {tile.format(tile=name)}" for tile in tiles]
     lines.append(fold.assigned(state, {**(renamed or {}), "MASKED": str(masked)}))

@@ -20,7 +20,6 @@ from attncc.ir.expr import (
     axes,
     walk,
 )
-from attncc.ir.ops import Kind
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize
 from attncc.passes.fold_scale import ONE, SCALE, in_log2_units, in_raw_units
@@ -134,8 +133,3 @@ def uses(exprs: Iterable[Expr | None], order: Iterable[ScalarParam | TensorParam
         kv_head=any(isinstance(n, Index) and n.name == "kv_head" for n in nodes),
         axes=loaded,
     )
-
-
-def is_float(param: ScalarParam) -> bool:
-    """Whether a kernel takes it as a float."""
-    return param.kind is Kind.FLOAT

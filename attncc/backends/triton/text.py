@@ -238,10 +238,6 @@ class Printer:
         """Assignments for shared and long subexpressions, and the text of each output."""
         return _Body(self, outputs, SHORT if self.bounds else LONG).run(outputs)
 
-    def inline(self, expr: Expr) -> str:
-        """One line of text, however long."""
-        return _Body(self, (), long=10**9).text(expr)
-
 
 class _Body:
     def __init__(self, printer: Printer, outputs: Sequence[Expr], long: int = LONG) -> None:
