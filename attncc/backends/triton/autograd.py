@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from attncc.backends.triton import launch
@@ -16,9 +17,18 @@ def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """out [B, Hq, Q, Dv] and lse [B, Hq, Q] float32; differentiable, captured tensors included."""
     names = tuple(t.name for t in run.bound.plan.program.tensors if t.grad)
     captured = [run.bound.binding.tensors[name] for name in names]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captured))
+    if not wanted and not _transformed():
+        return launch.forward(run, q, k, v)
     apply: Any = _Attention.apply
     result: tuple[Tensor, Tensor] = apply(run, names, q, k, v, *captured)
     return result
+
+
+def _transformed() -> bool:
+    """Whether tensors may carry more than their values: tangents, or levels of torch.func."""
+    functions: Any = torch._C
+    return forward_ad._current_level >= 0 or functions._are_functorch_transforms_active()
 
 
 class _Attention(torch.autograd.Function):
@@ -38,7 +48,7 @@ class _Attention(torch.autograd.Function):
         ctx.run, ctx.names = run, names
         ctx.save_for_backward(q, k, v, out, lse, *captured)
         ctx.set_materialize_grads(False)
-        if not run.spec(q, k, v).lowering.softmax:
+        if not run.lowering.softmax:
             ctx.mark_non_differentiable(lse)
         return out, lse
 

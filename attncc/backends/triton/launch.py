@@ -6,29 +6,26 @@ import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncc.backends.triton import kernels
+from attncc.backends.triton import gradients, kernels
 from attncc.backends.triton.arguments import Values, captured
 from attncc.backends.triton.configs import Config, Shape, Traits, padded, smaller
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lists import key_lists, query_lists
-from attncc.backends.triton.lower import Gradient, Reduction, lower
+from attncc.backends.triton.lower import Lowering, lower
+from attncc.backends.triton.prepared import ALIGNMENT, Prepared, again, layout, start, stream_of
 from attncc.backends.triton.schedules import choose
 from attncc.backends.triton.sections import Spec
 from attncc.binding import Binding
 from attncc.ir.evaluate import Env, evaluate_unchecked
-from attncc.ir.expr import TRUE, Axis, Score
+from attncc.ir.expr import TRUE, Score
 from attncc.ir.plan import Blocks, Order, Plan
 from attncc.tiles import BoundPlan
-
-TINY = 1e-30
-UNITS = 2.0**40
-"""Fixed point of deterministic pair gradients: how many units the largest magnitude is."""
 
 L2_SHARE = 0.5
 """How much of the L2 the heads in flight may fill with keys and values."""
@@ -53,6 +50,8 @@ class Run:
     """None chooses: where the GPU has them and the strides allow."""
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Kernels and schedules already looked up."""
+    ready: dict[Hashable, Prepared | None] = field(default_factory=dict, compare=False, repr=False)
+    """Kernels ready to start again, by their name and the layout of the tensors."""
 
     def spec(self, *inputs: Tensor) -> Spec:
         chosen = self.descriptors
@@ -66,6 +65,11 @@ class Run:
             lambda: lowered(self.bound.plan, half, ptx, bool(able), self.wide),
         )
         return spec
+
+    @property
+    def lowering(self) -> Lowering:
+        found: Lowering = self._known("lowering", lambda: lower(self.bound.plan))
+        return found
 
     def kernels(self, spec: Spec, load: Callable[[Spec], dict[str, Kernel]]) -> dict[str, Kernel]:
         """The kernels of a file; hashing a spec costs more than a launch, so by its identity."""
@@ -134,10 +138,10 @@ def _l2_bytes(device: torch.device) -> int:
 def describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can stand for it: 16-byte aligned base and strides."""
     itemsize = x.element_size()
-    if x.numel() == 0 or x.data_ptr() % 16 or x.stride(-1) != 1:
+    if x.numel() == 0 or x.data_ptr() % ALIGNMENT or x.stride(-1) != 1:
         return False
     used = [s * itemsize for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    return all(s % 16 == 0 and 0 < s < 2**40 for s in used)
+    return all(s % ALIGNMENT == 0 and 0 < s < 2**40 for s in used)
 
 
 def described(x: Tensor, rows: int, columns: int) -> Any:
@@ -152,9 +156,33 @@ def described(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, copied only if it was not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+def rows(x: Tensor) -> Tensor:
+    """The tensor with its last axis contiguous, copied if it was not.
+
+    On a GPU with descriptors also if its rows are not aligned for them: a copy is quicker than the
+    loads of unaligned rows.
+    """
+    if not x.is_cuda or not _has_descriptors(x.device):
+        return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.numel() == 0 or describable(x) else aligned(x)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """A copy whose rows begin at multiples of 16 bytes, axes in memory as they were."""
+    step = ALIGNMENT // x.element_size()
+    columns = x.shape[-1]
+    copy = like(x, columns + -columns % step)[..., :columns]
+    return copy.copy_(x)
+
+
+def like(x: Tensor, columns: int) -> Tensor:
+    """An empty [B, H, N, columns] tensor whose axes lie in memory in the order of x's."""
+    if columns == x.shape[-1]:
+        return torch.empty_like(x)
+    order = sorted(range(3), key=lambda axis: x.stride(axis), reverse=True)
+    out = x.new_empty([x.shape[axis] for axis in order] + [columns])
+    back = [order.index(axis) for axis in range(3)]
+    return out.permute(*back, 3)
 
 
 def strided(values: Values, name: str, x: Tensor) -> None:
@@ -164,7 +192,7 @@ def strided(values: Values, name: str, x: Tensor) -> None:
         values[f"{name}_stride_{letter}"] = x.stride(axis)
 
 
-def common(run: Run, spec: Spec, q: Tensor, v: Tensor) -> Values:
+def common(run: Run, q: Tensor, v: Tensor) -> Values:
     """Arguments that every kernel may name: sizes, scalars, captured tensors."""
     binding = run.bound.binding
     values = captured(run.bound.plan, binding)
@@ -224,17 +252,13 @@ def _swizzle(run: Run, order: Order, width: int) -> int:
     return max(1, min(fit * group, binding.batch * width))
 
 
-def launch(kernel: Kernel, grid: tuple[int, ...], values: Values, config: Config | None) -> None:
-    """Starts one kernel with the arguments it names."""
-    if 0 in grid:
-        return
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
-    kernel.function[grid](**{name: values[name] for name in kernel.arguments}, **options)
-
-
 def fitting(
-    run: Run, kernel: Kernel, config: Config, shape: Shape, attempt: Callable[[Config], None]
-) -> None:
+    run: Run,
+    kernel: Kernel,
+    config: Config,
+    shape: Shape,
+    attempt: Callable[[Config], Prepared | None],
+) -> Prepared | None:
     """Makes an attempt with a default schedule, or with the next smaller one that the GPU takes.
 
     A program's own loads take shared memory that no estimate knows. A schedule that was asked for
@@ -242,46 +266,47 @@ def fitting(
     """
     from triton.runtime.errors import OutOfResources
 
-    found: Config | None = kernel.fitted.get((config, shape), config)
-    while found is not None:
+    found = kernel.fitted.get((config, shape), config)
+    while True:
         try:
-            attempt(found)
+            return attempt(found)
         except OutOfResources:
-            found = None if run.configs else smaller(found)
-            if found is None:
+            less = None if run.configs else smaller(found)
+            if less is None:
                 raise
             torch.cuda.synchronize()  # lists for other tiles may be made on another stream now
-            kernel.fitted[config, shape] = found
-        else:
-            return
+            found = kernel.fitted[config, shape] = less
 
 
 def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Q, Dv] laid out as q is, and lse [B, Hq, Q] float32, unwritten if not softmax."""
-    q, k, v = map(unit_rows, (q, k, v))
-    spec = run.spec(q, k, v)
-    out = _like(q, v.shape[-1])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    kernel = run.kernels(spec, kernels.forward)["forward"]
+    with _on(q.device):
+        q, k, v = rows(q), rows(k), rows(v)
+        out = like(q, v.shape[-1])
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
 
-    def attempt(config: Config) -> None:
-        values = common(run, spec, q, v)
-        grid = tiled(run, values, "q", config, run.bound.binding.heads)
-        inputs(values, spec, config, q=q, k=k, v=v)
-        strided(values, "out", out)
-        values["lse_ptr"] = lse
-        launch(kernel, (grid,), values, config)
+        def first() -> Prepared | None:
+            return _first_forward(run, tensors)
 
-    fitting(run, kernel, run.config("forward", q, v), shape_of(q, v), attempt)
+        again(run.ready, ("forward", *layout(q, k, v)), tensors, stream_of(q), first)
     return out, lse
 
 
-def _like(q: Tensor, columns: int) -> Tensor:
-    """An empty [B, H, N, columns] tensor whose axes lie in memory in the order of q's."""
-    order = sorted(range(3), key=lambda axis: q.stride(axis), reverse=True)
-    out = q.new_empty([q.shape[axis] for axis in order] + [columns])
-    back = [order.index(axis) for axis in range(3)]
-    return out.permute(*back, 3)
+def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
+    q, k, v = (tensors[name] for name in "qkv")
+    spec = run.spec(q, k, v)
+    kernel = run.kernels(spec, kernels.forward)["forward"]
+
+    def attempt(config: Config) -> Prepared | None:
+        values = common(run, q, v)
+        grid = tiled(run, values, "q", config, run.bound.binding.heads)
+        inputs(values, spec, config, q=q, k=k, v=v)
+        strided(values, "out", tensors["out"])
+        values["lse_ptr"] = tensors["lse"]
+        return start(kernel, (grid,), values, tensors, config)
+
+    return fitting(run, kernel, run.config("forward", q, v), shape_of(q, v), attempt)
 
 
 def inputs(values: Values, spec: Spec, config: Config, **tensors: Tensor) -> None:
@@ -315,58 +340,133 @@ def backward(
     dlse: Tensor | None,
 ) -> Gradients:
     """Gradients of out and lse with respect to q, k, v and captured tensors."""
-    q, k, v, dout = map(unit_rows, (q, k, v, dout))
-    spec = run.spec(q, k, v, dout)
-    loaded = run.kernels(spec, kernels.backward)
-    binding = run.bound.binding
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    values = common(run, spec, q, v)
-    for name, x in (("dq", dq), ("dk", dk), ("dv", dv), ("out", out)):
-        strided(values, name, x)
-    values |= {"lse_ptr": lse, "delta_ptr": torch.empty_like(lse)}
-    if spec.lowering.softmax:
-        _launch_delta(loaded["delta"], values, dout, dlse)
-    buffers = _buffers(run, spec, values, lse)
-    pairs = any(_is_pair(gradient) for gradient in spec.lowering.gradients)
-    sides = (("backward_kv", "kv", binding.kv_heads), ("backward_q", "q", binding.heads))
-    shape = shape_of(q, v)
-    for name, side, heads in sides:  # makes the lists of both, here and in order
-        config = run.config(name, q, v)
-        tiled(run, dict(values), side, loaded[name].fitted.get((config, shape), config), heads)
-    ready = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
-    for name, side, heads in sides:
+    with _on(q.device):
+        q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
+        call = Backward(run, q, k, v, out, lse, dout, dlse)
+        return call.gradients()
 
-        def attempt(config: Config, name: str = name, side: str = side, heads: int = heads) -> None:
-            mine = dict(values)
-            grid = tiled(run, mine, side, config, heads)
-            inputs(mine, spec, config, q=q, k=k, v=v, dout=dout)
-            if side == "q" and run.deterministic and pairs:
-                launch(loaded[name], (grid,), {**mine, "FIXED_POINT": 1}, config)
-            launch(loaded[name], (grid,), mine, config)
 
-        with _beside(q.device, ready if side == "q" else None):
-            fitting(run, loaded[name], run.config(name, q, v), shape, attempt)
-    captured = _captured(run, spec, values, buffers)
-    if spec.lowering.sink is not None:
-        _add_sink(run, captured, lse, values["delta_ptr"])
-    return Gradients(dq, dk, dv, captured)
+class Backward:
+    """The kernels of one backward: each row's delta, then dk and dv beside dq."""
+
+    def __init__(
+        self,
+        run: Run,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+    ) -> None:
+        self.run, self.has_dlse = run, dlse is not None
+        self.q, self.v, self.lse = q, v, lse
+        self.lowering = run.lowering
+        self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (q, k, v))
+        self.buffers = gradients.buffers(run, self.lowering, lse)
+        self.tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+        self.tensors |= {"dq": self.dq, "dk": self.dk, "dv": self.dv, **self.buffers}
+        self.tensors["delta"] = torch.empty_like(lse)
+        self.tensors["dlse"] = lse if dlse is None else dlse.float().contiguous()
+        self.layout = self.has_dlse, *layout(q, k, v, out, dout, self.dq, self.dk, self.dv)
+
+    def gradients(self) -> Gradients:
+        run, device = self.run, self.q.device
+        stream = stream_of(self.q)
+        if self.lowering.softmax:
+            self._again("delta", stream, self._first_delta)
+        if ("lists", *self.layout) not in run.ready:  # makes the lists of both, here and in order
+            for kernel in SIDES:
+                self._tiled(kernel, {}, self._fitted(kernel))
+            run.ready["lists", *self.layout] = None
+        ready = torch.cuda.current_stream(device).record_event() if self.q.is_cuda else None
+        self._again("backward_kv", stream, lambda: self._first("backward_kv", 2))
+        with _beside(device, ready) as stream:
+            if run.deterministic and any(map(gradients.is_pair, self.lowering.gradients)):
+                self._again("backward_q, top", stream, lambda: self._first("backward_q", 1))
+            self._again("backward_q", stream, lambda: self._first("backward_q", 2))
+        captured = gradients.collected(run, self.lowering, self.buffers)
+        if self.lowering.sink is not None:
+            gradients.add_sink(run, captured, self.lse, self.tensors["delta"])
+        return Gradients(self.dq, self.dk, self.dv, captured)
+
+    @cached_property
+    def spec(self) -> Spec:
+        return self.run.spec(*(self.tensors[name] for name in ("q", "k", "v", "dout")))
+
+    @cached_property
+    def kernels(self) -> dict[str, Kernel]:
+        return self.run.kernels(self.spec, kernels.backward)
+
+    def _again(self, what: str, stream: int | None, first: Callable[[], Prepared | None]) -> None:
+        again(self.run.ready, (what, *self.layout), self.tensors, stream, first)
+
+    def _values(self) -> Values:
+        """What every kernel may name."""
+        values = common(self.run, self.q, self.v)
+        for name in ("dq", "dk", "dv", "out"):
+            strided(values, name, self.tensors[name])
+        values |= gradients.arguments(self.run, self.lowering, self.buffers)
+        return values | {f"{name}_ptr": self.tensors[name] for name in ("lse", "delta", "dlse")}
+
+    def _first_delta(self) -> Prepared | None:
+        batch, heads, q_len = self.lse.shape
+        values = self._values() | {"HAS_DLSE": self.has_dlse, "BLOCK_M": DELTA_ROWS}
+        strided(values, "dout", self.tensors["dout"])
+        grid = math.ceil(q_len / DELTA_ROWS), batch * heads
+        return start(self.kernels["delta"], grid, values, self.tensors, None)
+
+    def _first(self, name: str, fixed_point: int) -> Prepared | None:
+        """fixed_point: 1 finds the largest magnitude, 2 adds in units of it, if deterministic."""
+        kernel = self.kernels[name]
+
+        def attempt(config: Config) -> Prepared | None:
+            values = self._values()
+            if self.run.deterministic:
+                values["FIXED_POINT"] = fixed_point
+            grid = self._tiled(name, values, config)
+            given = {name: self.tensors[name] for name in ("q", "k", "v", "dout")}
+            inputs(values, self.spec, config, **given)
+            return start(kernel, (grid,), values, self.tensors, config)
+
+        shape = shape_of(self.q, self.v)
+        return fitting(self.run, kernel, self.run.config(name, self.q, self.v), shape, attempt)
+
+    def _fitted(self, name: str) -> Config:
+        config = self.run.config(name, self.q, self.v)
+        return self.kernels[name].fitted.get((config, shape_of(self.q, self.v)), config)
+
+    def _tiled(self, name: str, values: Values, config: Config) -> int:
+        binding = self.run.bound.binding
+        side = SIDES[name]
+        width = binding.heads if side == "q" else binding.kv_heads
+        return tiled(self.run, values, side, config, width)
+
+
+SIDES = {"backward_kv": "kv", "backward_q": "q"}
+"""Whose tiles each kernel owns."""
+
+DELTA_ROWS = 64
 
 
 @contextlib.contextmanager
-def _beside(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[None]:
+def _beside(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[int | None]:
     """Work that may start as soon as `ready` has come, beside what this stream was given since.
 
     The last programs of one kernel leave most of the GPU idle; those of the next fill it. None: no
     such stream.
     """
     if ready is None:
-        yield
+        yield None
         return
     main, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_event(ready)
-    with torch.cuda.stream(side):
-        yield
-    main.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            yield side.cuda_stream
+    finally:
+        main.wait_stream(side)
 
 
 @lru_cache
@@ -375,103 +475,8 @@ def _side_stream(device: torch.device) -> Any:
     return stream(device)
 
 
-def _launch_delta(kernel: Kernel, values: Values, dout: Tensor, dlse: Tensor | None) -> None:
-    batch, heads, q_len = dout.shape[:3]
-    block = 64
-    mine = dict(values)
-    strided(mine, "dout", dout)
-    mine |= {"dlse_ptr": values["lse_ptr"] if dlse is None else dlse.float().contiguous()}
-    mine |= {"HAS_DLSE": dlse is not None, "BLOCK_M": block}
-    launch(kernel, (math.ceil(q_len / block), batch * heads), mine, None)
-
-
-def _buffers(run: Run, spec: Spec, values: Values, lse: Tensor) -> list[Tensor]:
-    """One float32 tensor a captured gradient, for the kernels to fill, added to their arguments."""
-    binding = run.bound.binding
-    values["FIXED_POINT"] = 2 if run.deterministic else 0
-    buffers = []
-    for at, gradient in enumerate(spec.lowering.gradients):
-        data = binding.tensors[gradient.load.tensor.name]
-        match gradient.reduction:
-            case Reduction.ROW:
-                buffer = torch.zeros_like(lse)
-            case Reduction.COLUMN:
-                buffer = lse.new_zeros(binding.batch, binding.heads, binding.kv_len)
-            case _:
-                shape = [max(n, 1) for n in data.shape]
-                dtype = torch.int64 if run.deterministic else torch.float32
-                buffer = torch.zeros(shape, dtype=dtype, device=lse.device)
-                for axis in range(buffer.dim()):
-                    values[f"grad_{at}_stride_{axis}"] = buffer.stride(axis)
-                values[f"grad_{at}_top_ptr"] = lse.new_full((1,), TINY)
-        values[f"grad_{at}_ptr"] = buffer
-        buffers.append(buffer)
-    return buffers
-
-
-def _is_pair(gradient: Gradient) -> bool:
-    return gradient.reduction is Reduction.PAIR
-
-
-def _captured(run: Run, spec: Spec, values: Values, buffers: list[Tensor]) -> dict[str, Tensor]:
-    """Each captured tensor's gradient, summed over the places that read it."""
-    total: dict[str, Tensor] = {}
-    for at, gradient in enumerate(spec.lowering.gradients):
-        name, buffer = gradient.load.tensor.name, buffers[at]
-        data = run.bound.binding.tensors[name]
-        if not _is_pair(gradient):
-            buffer = _scattered(run, gradient, buffer, data)
-        elif run.deterministic:
-            buffer = (buffer.double() * (values[f"grad_{at}_top_ptr"] / UNITS)).float()
-        buffer = buffer[tuple(slice(n) for n in data.shape)]  # an empty tensor had a place-holder
-        total[name] = total[name] + buffer if name in total else buffer
-    return total
-
-
-def _scattered(run: Run, gradient: Gradient, sums: Tensor, data: Tensor) -> Tensor:
-    """Sums a [B, H, N] buffer into the elements that its rows or columns read; no atomics."""
-    token = Axis.KV if gradient.reduction is Reduction.COLUMN else Axis.Q
-    for dim, axis in enumerate((Axis.B, Axis.H, token)):
-        if not gradient.load.axes & axis:
-            sums = sums.sum(dim, keepdim=True)
-    env = _positions(run, token)
-    at = tuple(
-        evaluate_unchecked(index, env).expand(sums.shape).clamp(0, max(size - 1, 0))
-        for index, size in zip(gradient.load.at, data.shape, strict=True)
-    )
-    result = torch.zeros(data.shape, dtype=torch.float32, device=data.device)
-    return result if 0 in data.shape else result.index_put_(at, sums, accumulate=True)
-
-
-def _positions(run: Run, token: Axis) -> Env:
-    """Positions that broadcast to [B, H, N] for one token axis."""
-    binding = run.bound.binding
-    device = binding.device
-    b = torch.arange(binding.batch, device=device)[:, None, None]
-    h = torch.arange(binding.heads, device=device)[None, :, None]
-    positions = {"b": b, "h": h, "kv_head": h // (binding.heads // binding.kv_heads)}
-    name, length = ("q_idx", binding.q_len) if token is Axis.Q else ("kv_idx", binding.kv_len)
-    positions[name] = torch.arange(length, device=device)
-    return Env(positions, binding.scalars, binding.tensors, device=device)
-
-
-def _add_sink(run: Run, captured: dict[str, Tensor], lse: Tensor, delta: Tensor) -> None:
-    """Adds the gradient through the sink, a logit whose value is 0 for every row."""
-    program, binding = run.bound.plan.program, run.bound.binding
-    wanted = [t.name for t in program.tensors if t.grad and binding.tensors[t.name].numel()]
-    assert program.sink is not None
-    with torch.enable_grad():
-        leaves = {n: binding.tensors[n].detach().float().requires_grad_() for n in wanted}
-        env = _positions(run, Axis.Q)
-        env = Env(
-            env.positions, binding.scalars, {**binding.tensors, **leaves}, device=binding.device
-        )
-        sink = evaluate_unchecked(program.sink, env).expand(*lse.shape[:2], 1)
-    if not sink.requires_grad:
-        return
-    probability = torch.where(lse == -math.inf, 0.0, torch.exp(sink.detach() - lse))
-    dsink = -(probability * delta).sum(-1, keepdim=True)
-    grads = torch.autograd.grad(sink, list(leaves.values()), dsink, allow_unused=True)
-    for name, grad in zip(leaves, grads, strict=True):
-        if grad is not None:
-            captured[name] = captured[name] + grad if name in captured else grad
+def _on(device: torch.device) -> Any:
+    """Kernels start on the current GPU, whichever holds their tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
