@@ -167,6 +167,17 @@ def rows(x: Tensor) -> Tensor:
     return x if x.numel() == 0 or describable(x) else aligned(x)
 
 
+def in_rows(run: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors by `rows`; looking at them takes longer than knowing their layout again."""
+    key = "in rows", *layout(*tensors)
+    if key in run.ready:
+        return tensors
+    found = tuple(map(rows, tensors))
+    if all(one is other for one, other in zip(found, tensors, strict=True)):
+        run.ready[key] = None
+    return found
+
+
 def aligned(x: Tensor) -> Tensor:
     """A copy whose rows begin at multiples of 16 bytes, axes in memory as they were."""
     step = ALIGNMENT // x.element_size()
@@ -281,7 +292,7 @@ def fitting(
 def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Q, Dv] laid out as q is, and lse [B, Hq, Q] float32, unwritten if not softmax."""
     with _on(q.device):
-        q, k, v = rows(q), rows(k), rows(v)
+        q, k, v = in_rows(run, q, k, v)
         out = like(q, v.shape[-1])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
@@ -341,7 +352,7 @@ def backward(
 ) -> Gradients:
     """Gradients of out and lse with respect to q, k, v and captured tensors."""
     with _on(q.device):
-        q, k, v, dout = rows(q), rows(k), rows(v), rows(dout)
+        q, k, v, dout = in_rows(run, q, k, v, dout)
         call = Backward(run, q, k, v, out, lse, dout, dlse)
         return call.gradients()
 

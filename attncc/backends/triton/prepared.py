@@ -10,9 +10,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 from attncc.backends.triton.arguments import Values
 from attncc.backends.triton.configs import Config
@@ -127,4 +127,4 @@ def again(
 
 def stream_of(x: Tensor) -> int | None:
     """The current stream of the tensor's GPU, as the driver knows it."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+    return driver.active.get_current_stream(x.device.index) if x.is_cuda else None
