@@ -1,0 +1,363 @@
+"""Whether ptxas kept the matrix descriptors of a Hopper kernel: its SASS against its PTX.
+
+ptxas 12.8, which Triton 3.6 and 3.7 come with, can run short of uniform registers and lose a copy
+between two of them; a descriptor of HGMMA is then a sum on top of whatever the register held. Such
+a kernel multiplies the wrong shared memory, or traps. ptxas 12.9 compiles the same PTX right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise, product, zip_longest
+
+Value = tuple[str, int]
+"""What a 32-bit register may hold: where it comes from, and what was added to that. From "",
+which stands for 0, comes a number."""
+
+Values = frozenset[Value]
+State = dict[str, Values]
+"""By register; one that is missing was not set."""
+
+WORD = 0xFFFFFFFF
+UNSET: Value = ("unset", 0)
+ARGUMENT: Value = ("argument", 0)
+ADDRESS: Value = ("address", 0)
+"""Fourteen bits, as the shared address in a descriptor has."""
+OTHER: Value = ("other", 0)
+ZERO: Values = frozenset({("", 0)})
+MANY: Values = frozenset({("many", 0)})
+NAMED = {
+    "": "a number",
+    "unset": "unset",
+    "argument": "an argument of the kernel",
+    "address": "an address",
+}
+JUMPS = ("BRA", "JMP", "EXIT", "RET")
+COMPUTED = ("BRX", "BRXU", "JMX", "JMXU", "CALL")
+LIMIT = 8
+"""Values of a register that are told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """An instruction whose descriptor is none that the PTX asks for."""
+
+    address: int
+    text: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.address:#06x} {self.text}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is added to the shared addresses of descriptors: low words, and high words."""
+
+    low: frozenset[int]
+    high: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One line of SASS; `guard` is the predicate that it runs under."""
+
+    address: int
+    guard: str
+    op: str
+    operands: tuple[str, ...]
+    text: str
+
+    @property
+    def name(self) -> str:
+        """UIADD3 of UIADD3.64."""
+        return self.op.partition(".")[0]
+
+    @property
+    def jumps(self) -> bool:
+        return self.name in JUMPS
+
+    @property
+    def targets(self) -> list[int]:
+        """Addresses that it may jump to."""
+        return [int(o, 16) for o in self.operands if o.startswith("0x")] if self.jumps else []
+
+    @property
+    def falls_through(self) -> bool:
+        """What stands below it may run next; a condition may stand among the operands too."""
+        conditional = any(re.fullmatch(r"!?U?P\d", o) for o in self.operands)
+        return not self.jumps or bool(self.guard) or conditional
+
+
+@dataclass(slots=True)
+class Block:
+    """Instructions that run one after the other; `leads_to` are addresses of other blocks."""
+
+    code: list[Instruction] = field(default_factory=list)
+    leads_to: list[int] = field(default_factory=list)
+
+
+def suspects(sass: str, ptx: str) -> tuple[Suspect, ...]:
+    """Matrix instructions with a descriptor that cannot be one of the PTX's; none is good news.
+
+    Follows uniform registers along all paths. What passes unseen: values out of other registers, or
+    one of more than a few; the wrong one of two shared addresses; and code with computed jumps.
+    """
+    asked = descriptors(ptx)
+    code = list(instructions(sass))
+    if not asked.high or any(i.name in COMPUTED for i in code):
+        return ()
+    blocks = flow(code)
+    starts = settle(blocks)
+    found = [s for at in starts for s in _inspect(blocks[at].code, dict(starts[at]), asked)]
+    return tuple(sorted(found, key=lambda s: s.address))
+
+
+# PTX
+
+
+def descriptors(ptx: str) -> Asked:
+    """The 64-bit constants in the descriptors of all wgmma.mma_async, in halves.
+
+    Nothing where one of them cannot be followed to a shared address of fourteen bits.
+    """
+    made = {name: (op, rest) for op, name, rest in _PTX_MADE.findall(ptx)}
+    found = {_constant(name, made) for name in _PTX_USED.findall(_without_registers(ptx))}
+    if None in found:
+        return Asked(frozenset(), frozenset())
+    numbers = [n for n in found if n is not None]
+    return Asked(frozenset(n & WORD for n in numbers), frozenset(n >> 32 & WORD for n in numbers))
+
+
+_PTX_MADE = re.compile(r"^\s*([\w.]+)\s+(%rd\d+), (.*);", re.MULTILINE)
+_PTX_USED = re.compile(r"(%rd\d+)")
+
+
+def _without_registers(ptx: str) -> str:
+    """The operands of wgmma.mma_async that are no lists of registers."""
+    lines = re.findall(r"wgmma\.mma_async\S* (.*)", ptx)
+    return "\n".join(re.sub(r"\{[^}]*\}", "", line) for line in lines)
+
+
+def _constant(name: str, made: Mapping[str, tuple[str, str]]) -> int | None:
+    """What all is added to an address to make this descriptor."""
+    total = 0
+    while name in made:
+        op, rest = made[name]
+        first, _, last = rest.partition(", ")
+        if op not in ("or.b64", "add.s64", "or.disjoint.b64") or not _is_number(last):
+            return total
+        name, total = first, total + int(last, 0)
+    return None
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", text) is not None
+
+
+# SASS
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(\S+)\s+)?([A-Z]\S*)\s*(.*?)\s*;", re.MULTILINE)
+
+
+def instructions(sass: str) -> Iterator[Instruction]:
+    """The lines of `cuobjdump -sass`."""
+    for address, guard, op, rest in _LINE.findall(sass):
+        operands = tuple(o.strip() for o in rest.split(",")) if rest else ()
+        yield Instruction(int(address, 16), guard, op, operands, f"{op} {rest}")
+
+
+def flow(code: list[Instruction]) -> dict[int, Block]:
+    """Basic blocks, by the address of their first instruction."""
+    heads = {code[0].address} if code else set()
+    for this, below in pairwise(code):
+        if this.jumps:
+            heads |= {*this.targets, below.address}
+    blocks = {head: Block() for head in sorted(heads)}
+    current = Block()
+    for this, below in zip_longest(code, code[1:]):
+        current = blocks.get(this.address, current)
+        current.code.append(this)
+        current.leads_to += this.targets
+        if below and below.address in blocks and this.falls_through:
+            current.leads_to.append(below.address)
+    return blocks
+
+
+def settle(blocks: Mapping[int, Block]) -> dict[int, State]:
+    """What registers may hold where each reachable block begins."""
+    starts: dict[int, State] = {at: {} for at in sorted(blocks)[:1]}
+    todo = list(starts)
+    while todo:
+        at = todo.pop()
+        state = dict(starts[at])
+        for instruction in blocks[at].code:
+            step(state, instruction)
+        for to in blocks[at].leads_to:
+            merged = _merged(starts[to], state) if to in starts else state
+            if to not in starts or merged != starts[to]:
+                starts[to] = dict(merged)
+                todo.append(to)
+    return starts
+
+
+def _merged(a: State, b: State) -> State:
+    unset = frozenset({UNSET})
+    return {r: _few(a.get(r, unset) | b.get(r, unset)) for r in a.keys() | b.keys()}
+
+
+def _few(values: Iterable[Value]) -> Values:
+    found = frozenset(values)
+    return MANY if found & MANY or len(found) > LIMIT else found
+
+
+# One instruction
+
+
+def step(state: State, this: Instruction) -> None:
+    """Let a uniform register be set."""
+    if not this.operands or not re.fullmatch(r"UR\d+", this.operands[0]):
+        return
+    low = this.operands[0]
+    written = {low: _result(state, this)}
+    if re.search(r"\.(64|WIDE)\b", this.op):
+        written[after(low)] = _upper(state, this)
+    for register, values in written.items():
+        old = read(state, register) if this.guard else frozenset()
+        state[register] = _few(values | old)
+
+
+def after(register: str, count: int = 1) -> str:
+    """The register that many further on; after("URZ") is itself."""
+    return register if register == "URZ" else f"UR{int(register[2:]) + count}"
+
+
+def read(state: State, operand: str) -> Values:
+    """What an operand may be: a number, UR4, -UR4, or the high word ~UR5 of -UR4."""
+    if _is_number(operand):
+        return frozenset({("", int(operand, 0) & WORD)})
+    found = re.fullmatch(r"([-~]?)(UR\w+)", operand)
+    if not found:
+        return frozenset({OTHER})
+    sign, register = found.groups()
+    values = ZERO if register == "URZ" else state.get(register, frozenset({UNSET}))
+    match sign:
+        case "-":
+            return _each(_negated, [values])
+        case "~" if register == "URZ":
+            return frozenset({OTHER})
+        case "~":
+            borrows = read(state, after(register, -1)) != ZERO
+            return _each(lambda v: _sum(_negated(v), ("", -borrows)), [values])
+        case _:
+            return values
+
+
+def _negated(value: Value) -> Value:
+    origin, number = value
+    return value if origin == "unset" else OTHER if origin else ("", -number & WORD)
+
+
+def _sources(this: Instruction) -> list[str]:
+    return [o for o in this.operands[1:] if not re.fullmatch(r"!?U?P[T\d]", o)]
+
+
+def _result(state: State, this: Instruction) -> Values:
+    sources = [read(state, o) for o in _sources(this)]
+    match this.name:
+        case "UMOV":
+            return sources[0]
+        case "USEL":
+            return sources[0] | sources[1]
+        case "UIADD3":
+            return _each(_sum, sources)
+        case "ULDC":
+            return frozenset({_constant_bank(this)})
+        case "USGXT" if sources[1] == frozenset({("", 14)}):
+            return _each(lambda v: UNSET if v[0] == "unset" else ADDRESS, sources[:1])
+        case "ULOP3":
+            return _each(_logic, sources)
+        case _:
+            return frozenset({OTHER})
+
+
+def _upper(state: State, this: Instruction) -> Values:
+    """The high word of a result of 64 bits; no carry leaves the low word of a descriptor."""
+    if this.op != "UIADD3.64":
+        return frozenset({_constant_bank(this) if this.name == "ULDC" else OTHER})
+    names = [o for o in _sources(this) if "UR" in o]
+    return _each(_sum, [read(state, _above(o)) for o in names])
+
+
+def _constant_bank(this: Instruction) -> Value:
+    return ARGUMENT if this.operands[1].startswith("c[0x0]") else OTHER
+
+
+def _above(operand: str) -> str:
+    """UR5 of UR4, and ~UR5 of -UR4."""
+    sign, register = ("~", operand[1:]) if operand.startswith("-") else ("", operand)
+    return sign + after(register)
+
+
+def _each(apply: Callable[..., Value], sources: list[Values]) -> Values:
+    if any(s == MANY for s in sources):
+        return MANY
+    return _few(apply(*values) for values in product(*sources))
+
+
+def _sum(*values: Value) -> Value:
+    """Number plus number, or something plus numbers."""
+    total = sum(offset for _, offset in values) & WORD
+    origins = {origin for origin, _ in values if origin}
+    if "unset" in origins:
+        return UNSET
+    several = len([origin for origin, _ in values if origin]) > 1
+    return OTHER if several else ("".join(origins), total)
+
+
+def _logic(*values: Value) -> Value:
+    """a | b and a & 0x3fff."""
+    *terms, (_, table) = values
+    if any(origin == "unset" for origin, _ in terms):
+        return UNSET
+    a, b = terms[:2]
+    if table == 0xFC and (not a[0] or not b[0]):
+        return (a[0] or b[0], a[1] | b[1])
+    return ADDRESS if table == 0xC0 and ("", 0x3FFF) in (a, b) else OTHER
+
+
+# Descriptors
+
+
+def _inspect(code: list[Instruction], state: State, asked: Asked) -> Iterator[Suspect]:
+    for this in code:
+        if re.match(r"[A-Z]GMMA\b", this.op):
+            reasons = [r for low in _descriptors(this) for r in _wrong(state, low, asked)]
+            yield from (Suspect(this.address, this.text, r) for r in reasons)
+        step(state, this)
+
+
+def _descriptors(this: Instruction) -> list[str]:
+    """The first register of each descriptor: A's, unless A is in registers, and B's."""
+    found = re.search(r"gdesc\[(UR\d+)\]", this.text)
+    if not found:
+        return []
+    first = found[1]
+    from_registers = this.operands[1].startswith("R")
+    return [after(first, 2)] if from_registers else [first, after(first, 2)]
+
+
+def _wrong(state: State, low: str, asked: Asked) -> Iterator[str]:
+    high = after(low)
+    for origin, number in sorted(read(state, high)):
+        if origin in ("unset", "argument", "address"):
+            yield f"{high} may be {NAMED[origin]}"
+        elif not origin and number not in asked.high:
+            yield f"{high} may be {number:#x}, which the PTX has not"
+    for origin, number in sorted(read(state, low)):
+        if origin in ("unset", "argument", ""):
+            yield f"{low} may be {NAMED[origin]}"
+        elif origin == "address" and number not in asked.low:
+            yield f"{low} may be an address + {number:#x}, which the PTX has not"
