@@ -15,6 +15,7 @@ Rule = Callable[..., Expr]
 
 ZERO = Const(0.0)
 ONE = Const(1.0)
+HALF = Const(0.5)
 
 
 def derivative(expr: Expr, wrt: Score | Load) -> Expr:
@@ -22,7 +23,7 @@ def derivative(expr: Expr, wrt: Score | Load) -> Expr:
 
     Every Load equal to `wrt` counts as `wrt`; others are constants, and so is whatever is an int
     or a bool. Forward mode, so that a branch `where` does not take adds nothing, not 0 * NaN.
-    At a tie `min` and `max` follow their first argument; abs has slope 0 at 0.
+    At a tie `min` and `max` have the mean of both slopes, and abs has slope 0 at 0, as in torch.
     """
     return _Walk(wrt).of(expr)
 
@@ -139,6 +140,33 @@ def _remainder(node: Apply, dx: Expr, dy: Expr) -> Expr:
     return _sub(dx, _mul(dy, apply(ops.FLOORDIV, *node.args)))
 
 
+def _choice(loses: Op) -> Rule:
+    """A rule of two arguments: the slope of the one that does not lose, at a tie their mean.
+
+    A slope is named once where the other one is 0, so that long chains stay short.
+    """
+
+    def rule(node: Apply, dx: Expr, dy: Expr) -> Expr:
+        if dx == dy:
+            return dx
+        x, y = node.args
+        if dx == ZERO:
+            x, y, dx, dy = y, x, dy, dx
+        tie, lost = apply(ops.EQ, x, y), apply(loses, x, y)
+        if dy == ZERO:
+            return apply(ops.WHERE, lost, ZERO, _halved_where(tie, dx))
+        mean = _mul(HALF, _add(dx, dy))
+        return apply(ops.WHERE, tie, mean, apply(ops.WHERE, lost, dy, dx))
+
+    return rule
+
+
+def _halved_where(condition: Expr, x: Expr) -> Expr:
+    if isinstance(x, Const):
+        return apply(ops.WHERE, condition, _mul(HALF, x), x)
+    return _mul(x, apply(ops.WHERE, condition, HALF, ONE))
+
+
 def _abs(node: Apply, dx: Expr) -> Expr:
     (x,) = node.args
     below = apply(ops.LT, x, ZERO)
@@ -165,15 +193,15 @@ RULES: dict[Op, Rule] = {
     ops.FLOORDIV: _flat,
     ops.MOD: _remainder,
     ops.NEG: lambda node, dx: _neg(dx),
-    ops.MIN: lambda node, dx, dy: _where(apply(ops.LE, *node.args), dx, dy),
-    ops.MAX: lambda node, dx, dy: _where(apply(ops.GE, *node.args), dx, dy),
+    ops.MIN: _choice(ops.GT),
+    ops.MAX: _choice(ops.LT),
     ops.ABS: _abs,
     ops.WHERE: lambda node, dc, dx, dy: _where(node.args[0], dx, dy),
     ops.EXP: _times(lambda node: node),
     ops.EXP2: _times(lambda node: _mul(Const(math.log(2)), node)),
     ops.LOG: lambda node, dx: _div(dx, node.args[0]),
     ops.LOG2: lambda node, dx: _div(_mul(Const(1 / math.log(2)), dx), node.args[0]),
-    ops.SQRT: lambda node, dx: _div(_mul(Const(0.5), dx), node),
+    ops.SQRT: lambda node, dx: _div(_mul(HALF, dx), node),
     ops.RSQRT: _times(lambda node: _mul(Const(-0.5), _mul(node, _mul(node, node)))),
     ops.TANH: _times(lambda node: apply(ops.SUB, ONE, apply(ops.MUL, node, node))),
     ops.SIGMOID: _times(lambda node: apply(ops.MUL, node, apply(ops.SUB, ONE, node))),

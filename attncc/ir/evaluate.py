@@ -196,7 +196,7 @@ RULES: dict[Op, Callable[..., Tensor]] = {
     ops.SUB: torch.sub,
     ops.MUL: torch.mul,
     ops.DIV: torch.true_divide,
-    ops.FLOORDIV: torch.floor_divide,
+    ops.FLOORDIV: lambda x, y: torch.div(x, y, rounding_mode="floor"),  # which has a slope, 0
     ops.MOD: torch.remainder,
     ops.LT: torch.lt,
     ops.LE: torch.le,

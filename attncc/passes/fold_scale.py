@@ -29,12 +29,12 @@ LOG2E = Const(math.log2(math.e))
 
 def in_raw_units(expr: Expr) -> Expr:
     """The same value, where Score() now stands for the raw q . k."""
-    return _times(expr, ONE)
+    return _Fold().times(expr, ONE)
 
 
 def in_log2_units(score: Expr) -> Expr:
     """score * log2(e), where Score() now stands for the raw q . k."""
-    return _times(score, LOG2E)
+    return _Fold().times(score, LOG2E)
 
 
 def uniform(expr: Expr) -> bool:
@@ -42,45 +42,55 @@ def uniform(expr: Expr) -> bool:
     return not axes(expr) & (Axis.Q | Axis.KV)
 
 
-def _times(expr: Expr, factor: Expr) -> Expr:
-    """expr * factor, with the uniform factor moved to where it is cheapest."""
-    if uniform(expr) or kind(expr) is not Kind.FLOAT or isinstance(expr, Load):
-        return _product(expr, factor)
-    if isinstance(expr, Score):
-        return Apply(ops.MUL, (expr, _product(Scalar(SCALE), factor)))
-    assert isinstance(expr, Apply), expr
-    op, args = expr.op, expr.args
-    if op is ops.ADD or op is ops.SUB:
-        return Apply(op, (_times(args[0], factor), _times(args[1], factor)))
-    if op is ops.NEG:
-        return Apply(op, (_times(args[0], factor),))
-    if op is ops.WHERE:
-        condition = _rescaled(args[0])
-        return Apply(op, (condition, _times(args[1], factor), _times(args[2], factor)))
-    if op is ops.MUL:
-        return _times_product(args[0], args[1], factor)
-    if op is ops.DIV and uniform(args[1]):
-        return _times(args[0], _product(factor, _inverse(args[1])))
-    return _product(_rescaled(expr), factor)
+class _Fold:
+    """Rewrites one expression; what it shares stays shared, else slopes of long max would grow."""
 
+    def __init__(self) -> None:
+        self.memo: dict[tuple[int, Expr], Expr] = {}
 
-def _times_product(left: Expr, right: Expr, factor: Expr) -> Expr:
-    if uniform(left):
-        return _times(right, _product(left, factor))
-    if uniform(right):
-        return _times(left, _product(right, factor))
-    if _count_axes(left) <= _count_axes(right):
-        return Apply(ops.MUL, (_times(left, factor), in_raw_units(right)))
-    return Apply(ops.MUL, (in_raw_units(left), _times(right, factor)))
+    def times(self, expr: Expr, factor: Expr) -> Expr:
+        """expr * factor, with the uniform factor moved to where it is cheapest."""
+        key = id(expr), factor
+        if key not in self.memo:
+            self.memo[key] = self._times(expr, factor)
+        return self.memo[key]
 
+    def _times(self, expr: Expr, factor: Expr) -> Expr:
+        if uniform(expr) or kind(expr) is not Kind.FLOAT or isinstance(expr, Load):
+            return _product(expr, factor)
+        if isinstance(expr, Score):
+            return Apply(ops.MUL, (expr, _product(Scalar(SCALE), factor)))
+        assert isinstance(expr, Apply), expr
+        op, args = expr.op, expr.args
+        if op is ops.ADD or op is ops.SUB:
+            return Apply(op, (self.times(args[0], factor), self.times(args[1], factor)))
+        if op is ops.NEG:
+            return Apply(op, (self.times(args[0], factor),))
+        if op is ops.WHERE:
+            condition = self._rescaled(args[0])
+            return Apply(op, (condition, self.times(args[1], factor), self.times(args[2], factor)))
+        if op is ops.MUL:
+            return self._times_product(args[0], args[1], factor)
+        if op is ops.DIV and uniform(args[1]):
+            return self.times(args[0], _product(factor, _inverse(args[1])))
+        return _product(self._rescaled(expr), factor)
 
-def _rescaled(expr: Expr) -> Expr:
-    """The same operator over arguments in raw units."""
-    match expr:
-        case Apply(op, args):
-            return Apply(op, tuple(map(in_raw_units, args)), expr.span)
-        case _:
-            return expr
+    def _times_product(self, left: Expr, right: Expr, factor: Expr) -> Expr:
+        if uniform(left):
+            return self.times(right, _product(left, factor))
+        if uniform(right):
+            return self.times(left, _product(right, factor))
+        if _count_axes(left) <= _count_axes(right):
+            return Apply(ops.MUL, (self.times(left, factor), self.times(right, ONE)))
+        return Apply(ops.MUL, (self.times(left, ONE), self.times(right, factor)))
+
+    def _rescaled(self, expr: Expr) -> Expr:
+        """The same operator over arguments in raw units."""
+        match expr:
+            case Apply(op, args):
+                return Apply(op, tuple(self.times(arg, ONE) for arg in args), expr.span)
+            case _:
+                return expr
 
 
 def _count_axes(expr: Expr) -> int:

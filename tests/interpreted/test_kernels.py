@@ -87,6 +87,20 @@ def test_deterministic_gradients_of_pairs_are_right_and_repeat() -> None:
         assert torch.equal(value, second.values[name]), name
 
 
+TIES = """
+attention ties(z: float[heads] grad, zero: float = 0):
+    score = min(max(z[h] * score + score, score, zero), max(q_idx - kv_idx - zero, z[0]))
+"""
+
+
+def test_ties_of_min_and_max_take_the_mean_slope() -> None:
+    (program,) = parse(TIES)
+    sizes = Lengths(1, 2, 1, 40, 40, 16).sizes()
+    tensors = {"z": torch.zeros(2)}
+    binding = Binding(**sizes, scalars={**sizes, "zero": 0.0}, tensors=tensors)
+    check(program, binding, inputs(binding, value_dim=16))
+
+
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
 def test_no_queries_or_no_keys(q_len: int, kv_len: int) -> None:
     program = load(Path("examples/causal.attn"))
