@@ -33,6 +33,11 @@ class Target:
     matrix_op: str
     """Prefix of its matrix instruction, as its disassembly writes it."""
 
+    @property
+    def wgmma(self) -> bool:
+        """Tensor cores that take tiles from shared memory, and the tensor descriptors for them."""
+        return self.name in ("sm_90", "sm_100")
+
 
 TARGETS: dict[str, Target] = {
     t.name: t

@@ -55,6 +55,8 @@ class Shape:
     itemsize: int
     shared_limit: int = 227 * 1024
     """Bytes of shared memory a program may have."""
+    wgmma: bool = True
+    """Tensor cores take tiles from shared memory (sm_90 and up); elsewhere from registers."""
 
     @property
     def widest(self) -> int:
@@ -81,8 +83,10 @@ class Traits:
 def default(kernel: str, shape: Shape, traits: Traits = Traits()) -> Config:
     """The schedule used without tuning; half types measured on an H100 with Triton 3.6."""
     if shape.itemsize > 2:
-        return _shrunk(kernel, _default_float32(kernel, shape), shape)
-    if shape.widest > 128:  # causal, D256: 491, 319 and 531 TFLOP/s
+        pick = _default_float32(kernel, shape)
+    elif not shape.wgmma:
+        pick = _default_mma(kernel, shape, traits)
+    elif shape.widest > 128:  # causal, D256: 491, 319 and 531 TFLOP/s
         wide = {"forward": (128, 64, 8, 2), "backward_kv": (64, 64, 8, 2)}
         pick = wide.get(kernel, (64, 32, 4, 3))
     elif shape.widest > 64:
@@ -93,7 +97,11 @@ def default(kernel: str, shape: Shape, traits: Traits = Traits()) -> Config:
     return _shrunk(kernel, Config(*pick), shape)
 
 
-def _default_128(kernel: str, traits: Traits) -> tuple[int, int, int, int]:
+Numbers = tuple[int, int, int, int]
+"""A Config's numbers."""
+
+
+def _default_128(kernel: str, traits: Traits) -> Numbers:
     match kernel:
         case "forward":  # 562 against 519 TFLOP/s on full; with any mask or mod the other way
             if traits.listed:  # documents: 254 against 193, and 397 against 355 in 32768
@@ -105,14 +113,45 @@ def _default_128(kernel: str, traits: Traits) -> tuple[int, int, int, int]:
             return (64, 64, 4, 2) if traits.short else (128, 64, 8, 3)
 
 
-def _default_float32(kernel: str, shape: Shape) -> Config:
-    """Small tiles: full-precision products are unrolled, and compile in proportion to them."""
-    block = 64 if shape.widest <= 64 else 32 if shape.widest <= 128 else 16
+def _default_mma(kernel: str, shape: Shape, traits: Traits) -> Numbers:
+    """For GPUs below sm_90: what compiles for sm_80 with no spills or few; not timed on a GPU.
+
+    bf16, D 64, 128 and 256, full, causal, softcap and packed: forwards spill nothing, backwards up
+    to 40 bytes.
+    """
     match kernel:
         case "forward":
-            return Config(block, 32, 4, 2)
+            listed = (64, 32, 4, 2)
+            small = listed if traits.listed else (128, 64, 4, 3)
+            middle = listed if traits.listed else (64, 64, 4, 2)
+            picks = small, middle, (64, 64, 8, 2)
+        case "backward_kv":
+            picks = (32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)
         case _:
-            return Config(max(16, block // 2), max(16, block // 2), 4, 1)
+            picks = (128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)
+    return _by_width(shape, picks)
+
+
+def _default_float32(kernel: str, shape: Shape) -> Numbers:
+    """What compiles for sm_80 and sm_90 with no spills or few; not timed on a GPU.
+
+    Full-precision products are unrolled over registers, so a tile one size too large spills by
+    kilobytes, at up to two stack accesses a multiplication. These spill up to 152 bytes (forward,
+    D 128, lists) at up to 0.1, most of them nothing, and compile in 1 to 5 s.
+    """
+    match kernel:
+        case "forward":
+            picks = (64, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)
+        case "backward_kv":
+            picks = (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)
+        case _:
+            picks = (64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)
+    return _by_width(shape, picks)
+
+
+def _by_width(shape: Shape, picks: tuple[Numbers, Numbers, Numbers]) -> Numbers:
+    """The one for head dims up to 64, up to 128 or above."""
+    return picks[(shape.widest > 64) + (shape.widest > 128)]
 
 
 def _shrunk(kernel: str, config: Config, shape: Shape) -> Config:
@@ -164,6 +203,6 @@ def candidates(kernel: str, shape: Shape) -> Iterator[Config]:
     least = 16 * 16 if shape.itemsize > 2 and shape.widest > 128 else 32 * 32
     for m, n, warps, stages in product(blocks, blocks, (4, 8), (1, 2, 3, 4)):
         config = Config(m, n, warps, stages)
-        too_thin = m * n < least or m < 16 * warps // 4
+        too_thin = m * n < least or (shape.itemsize == 2 and m < 16 * warps // 4)
         if not too_thin and fits(kernel, config, shape):
             yield config

@@ -60,9 +60,9 @@ def spec(plan: Plan, dtype: str, target: aot.Target) -> Spec:
     if dtype not in DTYPES:
         hint = suggest(dtype, DTYPES) or f"dtypes are {', '.join(DTYPES)}"
         raise ArgumentError(f"there is no dtype {dtype!r}", hint=hint)
-    descriptors = target.name in ("sm_90", "sm_100")
+    half = dtype != "fp32"
     ptx = target.gpu.backend == "cuda"
-    return Spec(lower(plan), half=dtype != "fp32", ptx=ptx, descriptors=descriptors)
+    return Spec(lower(plan), half=half, ptx=ptx, descriptors=half and target.wgmma)
 
 
 def sources(found: Spec) -> dict[str, str]:
@@ -93,9 +93,8 @@ def compile_all(plan: Plan, call: Call, target: aot.Target, only: str = "") -> I
 
 def _compile(found: Spec, module: ModuleType, name: str, call: Call, target: aot.Target) -> Row:
     kernel = getattr(module, name)
-    shape = Shape(
-        padded(call.head_dim), padded(call.value_dim), DTYPES[call.dtype], target.shared_limit
-    )
+    dims = padded(call.head_dim), padded(call.value_dim)
+    shape = Shape(*dims, DTYPES[call.dtype], target.shared_limit, target.wgmma)
     config = FIXED[name] if name in FIXED else default(name, shape, traits(found.lowering.plan))
     signature = _signature(found, call, config)
     constants = {**_constants(call, config), **_unit_strides(found)}

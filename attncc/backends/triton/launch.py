@@ -54,11 +54,11 @@ class Run:
     """Kernels ready to start again, by their name and the layout of the tensors."""
 
     def spec(self, *inputs: Tensor) -> Spec:
-        chosen = self.descriptors
-        if chosen is None:
-            chosen = inputs[0].is_cuda and _has_descriptors(inputs[0].device)
-        able = chosen and all(map(describable, inputs))
         half = inputs[0].dtype in (torch.float16, torch.bfloat16)
+        chosen = self.descriptors
+        if chosen is None:  # products of float32 spill where tiles came through descriptors
+            chosen = half and inputs[0].is_cuda and _has_descriptors(inputs[0].device)
+        able = chosen and all(map(describable, inputs))
         ptx = inputs[0].is_cuda and torch.version.hip is None
         spec: Spec = self._known(
             ("spec", half, ptx, able),
@@ -112,7 +112,8 @@ def traits(plan: Plan) -> Traits:
 def shape_of(q: Tensor, v: Tensor) -> Shape:
     """What schedules depend on, of these inputs on their device."""
     dims = padded(q.shape[-1]), padded(v.shape[-1])
-    return Shape(*dims, q.element_size(), _shared_limit(q.device))
+    wgmma = not q.is_cuda or _has_descriptors(q.device)
+    return Shape(*dims, q.element_size(), _shared_limit(q.device), wgmma)
 
 
 @lru_cache
