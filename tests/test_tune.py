@@ -101,8 +101,8 @@ def test_candidates_fit_and_are_legal(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_defaults_fit_every_head_dim(kernel):
     limits = LIMITS.values()
-    for dim, itemsize, limit, wgmma in product(range(16, 257), (2, 4), limits, (False, True)):
-        shape = Shape(padded(dim), padded(dim), itemsize, limit, wgmma)
+    for dim, itemsize, limit, ampere in product(range(16, 257), (2, 4), limits, (False, True)):
+        shape = Shape(padded(dim), padded(dim), itemsize, limit, ampere)
         for plain, short in product((False, True), repeat=2):
             config = default(kernel, shape, Traits(plain, short))
             assert config.legal, (shape, config)

@@ -34,8 +34,8 @@ class Target:
     """Prefix of its matrix instruction, as its disassembly writes it."""
 
     @property
-    def wgmma(self) -> bool:
-        """Tensor cores that take tiles from shared memory, and the tensor descriptors for them."""
+    def descriptors(self) -> bool:
+        """Whether it has tensor descriptors (TMA)."""
         return self.name in ("sm_90", "sm_100")
 
 

@@ -55,8 +55,8 @@ class Shape:
     itemsize: int
     shared_limit: int = 227 * 1024
     """Bytes of shared memory a program may have."""
-    wgmma: bool = True
-    """Tensor cores take tiles from shared memory (sm_90 and up); elsewhere from registers."""
+    ampere: bool = False
+    """An NVIDIA GPU below sm_90, whose tensor cores take all tiles from registers."""
 
     @property
     def widest(self) -> int:
@@ -84,8 +84,8 @@ def default(kernel: str, shape: Shape, traits: Traits = Traits()) -> Config:
     """The schedule used without tuning; half types measured on an H100 with Triton 3.6."""
     if shape.itemsize > 2:
         pick = _default_float32(kernel, shape)
-    elif not shape.wgmma:
-        pick = _default_mma(kernel, shape, traits)
+    elif shape.ampere:
+        pick = _default_ampere(kernel, shape, traits)
     elif shape.widest > 128:  # causal, D256: 491, 319 and 531 TFLOP/s
         wide = {"forward": (128, 64, 8, 2), "backward_kv": (64, 64, 8, 2)}
         pick = wide.get(kernel, (64, 32, 4, 3))
@@ -113,11 +113,11 @@ def _default_128(kernel: str, traits: Traits) -> Numbers:
             return (64, 64, 4, 2) if traits.short else (128, 64, 8, 3)
 
 
-def _default_mma(kernel: str, shape: Shape, traits: Traits) -> Numbers:
-    """For GPUs below sm_90: what compiles for sm_80 with no spills or few; not timed on a GPU.
+def _default_ampere(kernel: str, shape: Shape, traits: Traits) -> Numbers:
+    """What compiles for sm_80 with no spills or few; not timed on a GPU.
 
     bf16, D 64, 128 and 256, full, causal, softcap and packed: forwards spill nothing, backwards up
-    to 40 bytes.
+    to 56 bytes.
     """
     match kernel:
         case "forward":

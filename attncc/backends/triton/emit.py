@@ -62,7 +62,7 @@ def spec(plan: Plan, dtype: str, target: aot.Target) -> Spec:
         raise ArgumentError(f"there is no dtype {dtype!r}", hint=hint)
     half = dtype != "fp32"
     ptx = target.gpu.backend == "cuda"
-    return Spec(lower(plan), half=half, ptx=ptx, descriptors=half and target.wgmma)
+    return Spec(lower(plan), half=half, ptx=ptx, descriptors=half and target.descriptors)
 
 
 def sources(found: Spec) -> dict[str, str]:
@@ -94,7 +94,8 @@ def compile_all(plan: Plan, call: Call, target: aot.Target, only: str = "") -> I
 def _compile(found: Spec, module: ModuleType, name: str, call: Call, target: aot.Target) -> Row:
     kernel = getattr(module, name)
     dims = padded(call.head_dim), padded(call.value_dim)
-    shape = Shape(*dims, DTYPES[call.dtype], target.shared_limit, target.wgmma)
+    ampere = target.gpu.backend == "cuda" and not target.descriptors
+    shape = Shape(*dims, DTYPES[call.dtype], target.shared_limit, ampere)
     config = FIXED[name] if name in FIXED else default(name, shape, traits(found.lowering.plan))
     signature = _signature(found, call, config)
     constants = {**_constants(call, config), **_unit_strides(found)}
@@ -159,16 +160,17 @@ def _descriptor(name: str, call: Call, config: Config) -> str:
 
 
 def _parameters(found: Spec) -> dict[str, str]:
-    """The program's own parameters."""
-    params = found.lowering.plan.program.params
-    names = Names(param.name for param in params)
+    """The program's own parameters, and what searches make."""
+    plan = found.lowering.plan
+    names = Names(param.name for param in plan.params)
     types: dict[str, str] = {}
-    for param in params:
+    for param in plan.params:
         match param:
             case ScalarParam(name, kind):
                 types[names[name]] = NUMBERS[kind]
             case TensorParam(name, kind, dims):
-                types[names.pointer(name)] = POINTERS[kind]
+                own = param in plan.program.tensors
+                types[names.pointer(name)] = POINTERS[kind] if own else "*i32"
                 for axis in range(len(dims)):
                     types[names.stride(name, axis)] = types[names.size(name, axis)] = "i32"
     return types
@@ -176,6 +178,6 @@ def _parameters(found: Spec) -> dict[str, str]:
 
 def _unit_strides(found: Spec) -> Mapping[str, int]:
     """Captured tensors are contiguous: a launch sees the 1, and makes a constant of it."""
-    program = found.lowering.plan.program
-    names = Names(param.name for param in program.params)
-    return {names.stride(t.name, len(t.dims) - 1): 1 for t in program.tensors if t.dims}
+    plan = found.lowering.plan
+    names = Names(param.name for param in plan.params)
+    return {names.stride(t.name, len(t.dims) - 1): 1 for t in plan.tensors if t.dims}

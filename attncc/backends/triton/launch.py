@@ -112,8 +112,8 @@ def traits(plan: Plan) -> Traits:
 def shape_of(q: Tensor, v: Tensor) -> Shape:
     """What schedules depend on, of these inputs on their device."""
     dims = padded(q.shape[-1]), padded(v.shape[-1])
-    wgmma = not q.is_cuda or _has_descriptors(q.device)
-    return Shape(*dims, q.element_size(), _shared_limit(q.device), wgmma)
+    ampere = q.is_cuda and torch.version.hip is None and not _has_descriptors(q.device)
+    return Shape(*dims, q.element_size(), _shared_limit(q.device), ampere)
 
 
 @lru_cache
@@ -207,7 +207,7 @@ def strided(values: Values, name: str, x: Tensor) -> None:
 def common(run: Run, q: Tensor, v: Tensor) -> Values:
     """Arguments that every kernel may name: sizes, scalars, captured tensors."""
     binding = run.bound.binding
-    values = captured(run.bound.plan, binding)
+    values = captured(run.bound)
     values |= {
         "scale": run.scale,
         "GROUP": binding.heads // binding.kv_heads,
