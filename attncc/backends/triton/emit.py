@@ -160,17 +160,16 @@ def _descriptor(name: str, call: Call, config: Config) -> str:
 
 
 def _parameters(found: Spec) -> dict[str, str]:
-    """The program's own parameters, and what searches make."""
-    plan = found.lowering.plan
-    names = Names(param.name for param in plan.params)
+    """The program's own parameters."""
+    params = found.lowering.plan.program.params
+    names = Names(param.name for param in params)
     types: dict[str, str] = {}
-    for param in plan.params:
+    for param in params:
         match param:
             case ScalarParam(name, kind):
                 types[names[name]] = NUMBERS[kind]
             case TensorParam(name, kind, dims):
-                own = param in plan.program.tensors
-                types[names.pointer(name)] = POINTERS[kind] if own else "*i32"
+                types[names.pointer(name)] = POINTERS[kind]
                 for axis in range(len(dims)):
                     types[names.stride(name, axis)] = types[names.size(name, axis)] = "i32"
     return types
@@ -178,6 +177,6 @@ def _parameters(found: Spec) -> dict[str, str]:
 
 def _unit_strides(found: Spec) -> Mapping[str, int]:
     """Captured tensors are contiguous: a launch sees the 1, and makes a constant of it."""
-    plan = found.lowering.plan
-    names = Names(param.name for param in plan.params)
-    return {names.stride(t.name, len(t.dims) - 1): 1 for t in plan.tensors if t.dims}
+    program = found.lowering.plan.program
+    names = Names(param.name for param in program.params)
+    return {names.stride(t.name, len(t.dims) - 1): 1 for t in program.tensors if t.dims}
