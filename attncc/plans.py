@@ -14,7 +14,7 @@ from attncc import picture, report
 from attncc.binding import Binding
 from attncc.ir.expr import Load, Scalar, walk
 from attncc.ir.plan import Plan
-from attncc.tiles import BoundPlan, Counts, Density, SegmentTable, TileLists
+from attncc.tiles import BoundPlan, Counts, Density, SegmentTable
 
 KEPT = 8
 """Bound plans kept for a program: the lengths and masks that layers of one model take turns in."""
@@ -36,20 +36,8 @@ class CallPlan(BoundPlan):
     def classify(self) -> Tensor:
         return self.origin.classify()
 
-    def key_lists(self) -> TileLists:
-        return self.origin.key_lists()
-
-    def query_lists(self) -> TileLists:
-        return self.origin.query_lists()
-
-    def work_order(self, lists: TileLists) -> Tensor:
-        return self.origin.work_order(lists)
-
     def key_segments(self) -> SegmentTable | None:
         return self.origin.key_segments()
-
-    def query_segments(self) -> SegmentTable | None:
-        return self.origin.query_segments()
 
     @property
     def counts(self) -> Counts:

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from attncc.binding import Binding
 from attncc.ir import ops
-from attncc.ir.expr import Apply, kind, walk
+from attncc.ir.expr import Apply, Axis, kind, walk
 from attncc.ir.ops import Kind
 from attncc.ir.program import Program
 from attncc.passes import analyze
 from attncc.tiles import EMPTY, FULL, PARTIAL, BoundPlan
+from attncc.tiles.grid import TileGrid
+from attncc.tiles.segments import evaluated
 from tests import strategies
 from tests.cases import bindings, dense_mask, dense_tiles
 
@@ -57,9 +59,9 @@ def test_ranges_hold(mask, binding: Binding, tile) -> None:
     binding = defined(mask, binding)
     plan = analyze(program_of(mask))
     keep = dense_mask(mask, binding)
-    bound = BoundPlan(plan, binding, tile)
-    check_segments(bound.key_segments(), keep, tile[0])
-    check_segments(bound.query_segments(), keep.transpose(2, 3), tile[1])
+    check_segments(BoundPlan(plan, binding, tile).key_segments(), keep, tile[0])
+    queries = evaluated(TileGrid(binding, tile, plan.mask), plan.query_ranges, Axis.KV)
+    check_segments(queries, keep.transpose(2, 3), tile[1])
 
 
 def check_segments(table, keep, block: int) -> None:
@@ -81,29 +83,12 @@ def union(lo, hi, number: int, length: int):
 
 @pytest.mark.fuzz
 @given(strategies.bools(2), bindings(), TILES)
-def test_counts_and_lists_follow_the_classes(mask, binding: Binding, tile) -> None:
+def test_counts_follow_the_classes(mask, binding: Binding, tile) -> None:
     bound = BoundPlan(analyze(program_of(mask)), binding, tile)
     classes = bound.classify()
     copies = binding.batch * binding.heads // (classes.shape[0] * classes.shape[1])
     counted = [int((classes == c).sum()) * copies for c in (FULL, PARTIAL, EMPTY)]
     assert [bound.counts.full, bound.counts.partial, bound.counts.empty] == counted
-    lists = bound.key_lists()
-    demoted = classes.clone()
-    if binding.kv_len % tile[1]:
-        demoted[..., -1].clamp_(max=PARTIAL)
-    check_lists(lists, demoted)
-    check_lists(bound.query_lists(), classes.transpose(2, 3))
-
-
-def check_lists(lists, classes) -> None:
-    assert lists.index.dtype == torch.int16
-    for at in torch.cartesian_prod(*(torch.arange(n) for n in classes.shape[:3])).tolist():
-        row, index = classes[tuple(at)], lists.index[tuple(at)]
-        full, partial = (row == FULL).nonzero()[:, 0], (row == PARTIAL).nonzero()[:, 0]
-        assert lists.full_count[tuple(at)] == len(full)
-        assert lists.partial_count[tuple(at)] == len(partial)
-        assert index[: len(full)].tolist() == full.tolist()
-        assert index[len(index) - len(partial) :].tolist() == partial.tolist()
 
 
 @pytest.mark.fuzz
