@@ -137,7 +137,7 @@ def _default_float32(kernel: str, shape: Shape) -> Numbers:
 
     Full-precision products are unrolled over registers, so a tile one size too large spills by
     kilobytes, at up to two stack accesses a multiplication. These spill up to 152 bytes (forward,
-    D 128, lists) at up to 0.1, most of them nothing, and compile in 1 to 5 s.
+    D 128, lists) at up to 0.1, most of them nothing, and compile in 1 to 9 s.
     """
     match kernel:
         case "forward":
