@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -19,6 +18,7 @@ import torch
 
 from attncc.backends.triton.configs import KERNELS, Config, candidates, padded
 from attncc.backends.triton.configs import Shape as Limits
+from attncc.backends.triton.tune import median, milliseconds, right
 from benchmarks import rows
 from benchmarks.machine import describe
 from benchmarks.pool import outcomes, workers_here
@@ -37,10 +37,10 @@ PATTERNS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+GPU = torch.device("cuda")
+
 SECOND = 12
 """How many of the quickest schedules are timed again, with care."""
-AGREE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
-"""Relative difference by norms, from the default schedule's result, that a right one may have."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _compile(job: Job) -> None:
 
 @lru_cache(maxsize=2)
 def _problem(place: Place) -> Any:
-    from benchmarks.launches import Problem
+    from benchmarks.problem import Problem
 
     return Problem(PATTERNS[place.pattern], place.shape, DTYPES[place.dtype])
 
@@ -164,20 +164,11 @@ def _glance(job: Job) -> float | None:
         if "out of resource" not in str(error):
             print(f"{job.place} {job.kernel} {job.config}: {str(error)[:200]}")
         return None
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    for _ in range(3):
-        one.start()
-    events[1].record()
-    events[1].synchronize()
-    return float(events[0].elapsed_time(events[1])) / 3
+    return milliseconds(one, GPU)
 
 
 def _measured(job: Job, rep: int) -> float:
-    from triton.testing import do_bench
-
-    one = _problem(job.place).launch(job.kernel, job.config)
-    return float(do_bench(one.start, warmup=rep // 3, rep=rep, return_mode="median"))
+    return median(_problem(job.place).launch(job.kernel, job.config), GPU, rep)
 
 
 def _timing(job: Job, ms: float) -> Timing:
@@ -187,18 +178,8 @@ def _timing(job: Job, ms: float) -> Timing:
 def _is_right(job: Job) -> bool:
     """Whether results are those of the default schedule, which the numerics run checks."""
     problem = _problem(job.place)
-    results = []
-    for config in (job.config, problem.default(job.kernel)):
-        one = problem.launch(job.kernel, config)
-        for result in one.results():
-            result.fill_(math.nan)
-        one.start()
-        results.append(one.results())
-    allowed = AGREE[DTYPES[job.place.dtype]]
-    return all(
-        float((one.double() - other.double()).norm() / other.double().norm()) <= allowed
-        for one, other in zip(*results, strict=True)
-    )
+    expected = problem.launch(job.kernel, problem.default(job.kernel)).computed()
+    return right(problem.launch(job.kernel, job.config), expected, DTYPES[job.place.dtype])
 
 
 def _record(kept: list[Timing]) -> dict[str, Any]:
@@ -213,7 +194,7 @@ def _record(kept: list[Timing]) -> dict[str, Any]:
         }
         for t in kept
     ]
-    return {"machine": describe(torch.device("cuda")), "timings": timings}
+    return {"machine": describe(GPU), "timings": timings}
 
 
 def _options() -> argparse.Namespace:

@@ -166,7 +166,7 @@ class _Search:
         expected = usual.computed()
         wrong: list[Config] = []
         for config in sorted(times, key=times.__getitem__):
-            if config == standard or _right(launches[config], expected, self.bench.q.dtype):
+            if config == standard or right(launches[config], expected, self.bench.q.dtype):
                 ms, usual_ms = times[config], times[standard]
                 ran = len(rough) + 1
                 found = config, ms, standard, usual_ms, ran, self.failed, tuple(wrong)
@@ -224,7 +224,7 @@ class _Search:
             if self._left() <= 0 and rough:
                 break
             if self._survives(launch.start):
-                rough[config] = _milliseconds(launch, self.bench.q.device)
+                rough[config] = milliseconds(launch, self.bench.q.device)
             self.progress.advance(self.task)
         return rough
 
@@ -233,7 +233,7 @@ class _Search:
         times = dict.fromkeys(launches, float("inf"))
         for _ in range(ROUNDS):
             for config, launch in launches.items():
-                times[config] = min(times[config], _median(launch, self.bench.q.device))
+                times[config] = min(times[config], median(launch, self.bench.q.device))
                 self.progress.advance(self.task)
         return times
 
@@ -267,7 +267,7 @@ def distance(config: Config, other: Config) -> float:
     return steps + abs(config.num_stages - other.num_stages)
 
 
-def _right(launch: Launch, expected: dict[str, Tensor], dtype: torch.dtype) -> bool:
+def right(launch: Launch, expected: dict[str, Tensor], dtype: torch.dtype) -> bool:
     """Whether results are the default schedule's, up to rounding; NaN and inf in equal places."""
     found = launch.computed()
     return all(_close(found[name], expected[name], AGREE[dtype]) for name in expected)
@@ -280,7 +280,8 @@ def _close(found: Tensor, expected: Tensor, allowed: float) -> bool:
     return bool(gap.norm() <= allowed * size.norm())
 
 
-def _milliseconds(launch: Launch, device: torch.device, runs: int = 3) -> float:
+def milliseconds(launch: Launch, device: torch.device, runs: int = 3) -> float:
+    """Those of one run, by the mean of a few: a glance."""
     if device.type != "cuda":
         return _clocked(launch)
     event: Any = torch.cuda.Event
@@ -293,12 +294,13 @@ def _milliseconds(launch: Launch, device: torch.device, runs: int = 3) -> float:
     return float(events[0].elapsed_time(events[1])) / runs
 
 
-def _median(launch: Launch, device: torch.device) -> float:
+def median(launch: Launch, device: torch.device, rep: int = REP_MS) -> float:
+    """Milliseconds of the median of the runs that take `rep` milliseconds."""
     from triton.testing import do_bench
 
     if device.type != "cuda":
         return _clocked(launch)
-    return float(do_bench(launch.start, warmup=REP_MS // 4, rep=REP_MS, return_mode="median"))
+    return float(do_bench(launch.start, warmup=rep // 4, rep=rep, return_mode="median"))
 
 
 def _clocked(launch: Launch) -> float:
