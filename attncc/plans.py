@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attncc import picture, report
+from attncc import report
 from attncc.binding import Binding
 from attncc.ir.expr import Load, Scalar, walk
 from attncc.ir.plan import Plan
@@ -52,27 +52,7 @@ class CallPlan(BoundPlan):
 
     def __str__(self) -> str:
         """What was decided and why, the counts, and the tiles of the first sequence and head."""
-        return "\n".join((*report.lines(self.plan), "", *_head(self), *_tiles(self)))
-
-
-def _head(bound: BoundPlan) -> list[str]:
-    binding, (rows, keys) = bound.binding, bound.tile
-    title = (
-        f"{binding.q_len} queries x {binding.kv_len} keys, "
-        f"{binding.batch} x {binding.heads} heads, tiles of {rows} x {keys}"
-    )
-    counts, density = bound.counts, bound.density
-    pairs = f"{density.low:.1%}" if density.exact else f"{density.low:.1%} to {density.high:.1%}"
-    return [
-        title,
-        f"tiles: {counts.full} full, {counts.partial} partial, {counts.empty} empty; "
-        f"{pairs} of pairs kept",
-    ]
-
-
-def _tiles(bound: BoundPlan) -> list[str]:
-    classes = bound.classify()
-    return [picture.text(classes[0, 0].tolist()), picture.legend()] if classes.numel() else []
+        return "\n".join((*report.lines(self.plan), "", *report.tiles(self)))
 
 
 class PlanCache:

@@ -1,13 +1,17 @@
-"""What a Plan decided, in words and as plain data, for `print(plan)` and `attncc explain`."""
+"""What a Plan decided, and its tiles, in words and as data: for `print(plan)` and `explain`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from attncc import picture
 from attncc.ir.expr import FALSE, TRUE, Expr, Load, TensorParam, kind, walk
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Blocks, Order, Plan, Ranges, Summary, TileTest
 from attncc.ir.show import show, show_param
+
+if TYPE_CHECKING:
+    from attncc.tiles import BoundPlan
 
 INDENT = "  "
 
@@ -74,6 +78,34 @@ def captured(plan: Plan) -> dict[str, str]:
         reads = [f"{show(load)} ({_safety(plan, load)})" for load in own]
         found[show_param(tensor)] = ", ".join(reads) or "not read"
     return found
+
+
+def tiles(bound: BoundPlan) -> list[str]:
+    """The lengths, the counts, and a picture of the first sequence and head."""
+    binding, (rows, keys) = bound.binding, bound.tile
+    title = (
+        f"{binding.q_len} queries x {binding.kv_len} keys, "
+        f"{binding.batch} x {binding.heads} heads, tiles of {rows} x {keys}"
+    )
+    if not bound.counts.total:
+        return [title, "no tiles"]
+    return [title, _counts(bound), picture.text(grid(bound)), picture.legend()]
+
+
+def grid(bound: BoundPlan) -> list[list[int]]:
+    """The classes of the first sequence and head, a list a row of tiles."""
+    classes = bound.classify()
+    found: list[list[int]] = classes[0, 0].tolist() if classes.numel() else []
+    return found
+
+
+def _counts(bound: BoundPlan) -> str:
+    counts, density = bound.counts, bound.density
+    pairs = f"{density.low:.1%}" if density.exact else f"{density.low:.1%} to {density.high:.1%}"
+    return (
+        f"tiles: {counts.full} full, {counts.partial} partial, {counts.empty} empty; "
+        f"{1 - counts.empty / counts.total:.1%} of tiles visited, {pairs} of pairs kept"
+    )
 
 
 def _safety(plan: Plan, load: Load) -> str:

@@ -152,6 +152,8 @@ def test_a_plan_of_lengths_and_of_tensors(window):
     text = str(plan)
     assert "tier 1" in text and "▒▒··" in text and "28 partial" in text
     assert "q_last" in text
+    none = window.plan(q_len=0, kv_len=512, heads=4, slope=slopes())
+    assert str(none).endswith("0 queries x 512 keys, 1 x 4 heads, tiles of 128 x 128\nno tiles")
 
 
 def test_a_plan_is_reused(window):

@@ -49,33 +49,8 @@ def _tell(call: Request, bound: BoundPlan) -> None:
     for tensor, (declared, reads) in zip(call.program.tensors, needs.items(), strict=True):
         click.echo(f"  {declared}: {reads}; here {call.captured.origins[tensor.name]}")
     click.echo("")
-    draw_terminal(call, bound)
+    click.echo("\n".join(report.tiles(bound)))
     click.echo(_lost(bound))
-
-
-def draw_terminal(call: Request, bound: BoundPlan) -> None:
-    """The counts, and the tiles of the first sequence and head as text."""
-    from attncc import picture
-
-    n = call.lengths
-    click.echo(
-        f"{n.q_len} queries x {n.kv_len} keys, {n.batch} x {n.heads} heads, "
-        f"tiles of {bound.tile[0]} x {bound.tile[1]}"
-    )
-    click.echo(_counts(bound))
-    click.echo(picture.text(grid(bound)))
-    click.echo(picture.legend())
-
-
-def _counts(bound: BoundPlan) -> str:
-    counts, density = bound.counts, bound.density
-    if not counts.total:
-        return "no tiles"
-    pairs = f"{density.low:.1%}" if density.exact else f"{density.low:.1%} to {density.high:.1%}"
-    return (
-        f"tiles: {counts.full} full, {counts.partial} partial, {counts.empty} empty; "
-        f"{1 - counts.empty / counts.total:.1%} of tiles visited, {pairs} of pairs kept"
-    )
 
 
 def _lost(bound: BoundPlan) -> str:
@@ -88,12 +63,6 @@ def _lost(bound: BoundPlan) -> str:
     if not full and not empty:
         return "as tight as evaluating every pair"
     return f"of the partial tiles, {empty} are empty and {full} full in fact: intervals lose them"
-
-
-def grid(bound: BoundPlan) -> list[list[int]]:
-    """The tiles of the first sequence and head."""
-    found: list[list[int]] = bound.classify()[0, 0].tolist()
-    return found
 
 
 def _data(call: Request, bound: BoundPlan) -> dict[str, Any]:
@@ -111,15 +80,15 @@ def _data(call: Request, bound: BoundPlan) -> dict[str, Any]:
         "density": [bound.density.low, bound.density.high],
         "inputs": dict(call.captured.origins),
         "plan": report.data(bound.plan),
-        "tiles": grid(bound),
+        "tiles": report.grid(bound),
     }
 
 
 def _draw(call: Request, bound: BoundPlan, svg: Path | None, png: Path | None) -> None:
-    from attncc import picture
+    from attncc import picture, report
 
     title = f"{call.program.name}, {call.lengths.q_len} x {call.lengths.kv_len}"
-    tiles = grid(bound)
+    tiles = report.grid(bound)
     if svg is not None:
         svg.write_text(picture.svg(tiles, title))
     if png is not None:

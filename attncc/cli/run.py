@@ -28,12 +28,12 @@ def run(dtype: str | None, device: str | None, peers: bool, **asked: Any) -> Non
     import torch
 
     import attncc
-    from attncc.cli.explain import draw_terminal
+    from attncc import report
 
     call = request(**asked)
     problem, (q, k, v) = placed(call, dtype, device, asked["seed"])
     _tell_documents(call)
-    draw_terminal(call, bound_plan(call, (128, 128)))
+    click.echo("\n".join(report.tiles(bound_plan(call, (128, 128)))))
     attn = attncc.compile(call.program)
     with torch.no_grad():
         _check(attn, q, k, v, problem.arguments)
