@@ -1,30 +1,33 @@
 """The command line: `attncc check | explain | emit | run | tune | bench | doctor`.
 
-Commands import torch, Triton and the compiler where they use them, so that `--help` is quick.
+A command is imported when it is asked for, and imports torch and Triton where it uses them.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 import click
 
-from attncc.cli.bench import bench
-from attncc.cli.check import check
-from attncc.cli.doctor import doctor
-from attncc.cli.emit import emit
-from attncc.cli.explain import explain
-from attncc.cli.run import run
-from attncc.cli.tune import tune
 from attncc.errors import AttnccError
+
+COMMANDS = ("check", "explain", "emit", "run", "tune", "bench", "doctor")
+"""In the order of a day's work; each is a function in a file of its name."""
 
 
 class _Group(click.Group):
-    """Commands in the order of a day's work; the user's mistakes end in a message and code 1."""
+    """Commands imported on demand; the user's mistakes end in a message and code 1."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"attncc.cli.{name}"), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,7 +41,3 @@ class _Group(click.Group):
 @click.version_option(package_name="attncc")
 def main() -> None:
     """Compile a few lines of attention to a checked, readable kernel."""
-
-
-for command in (check, explain, emit, run, tune, bench, doctor):
-    main.add_command(command)

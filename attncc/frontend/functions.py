@@ -5,7 +5,7 @@ from __future__ import annotations
 import graphlib
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 from attncc.errors import ProgramNameError, ProgramSyntaxError, suggest
 from attncc.frontend import tree
@@ -62,7 +62,7 @@ def _imported(library: tree.Ident, name: tree.Ident) -> Function:
 
 @cache
 def standard() -> Mapping[str, Function]:
-    text = files("attncc.frontend").joinpath("std.attn").read_text("utf-8")
+    text = Path(__file__).with_name("std.attn").read_text("utf-8")
     return functions_of(parse_tree(text), library="std")
 
 
