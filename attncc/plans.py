@@ -40,6 +40,10 @@ class CallPlan(BoundPlan):
         return self.origin.key_segments()
 
     @property
+    def found(self) -> Mapping[str, Tensor]:
+        return self.origin.found
+
+    @property
     def counts(self) -> Counts:
         return self.origin.counts
 

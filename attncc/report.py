@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from attncc import picture
 from attncc.ir.expr import FALSE, TRUE, Expr, Load, TensorParam, kind, walk
 from attncc.ir.ops import Kind
-from attncc.ir.plan import Blocks, Order, Plan, Ranges, Summary, TileTest
+from attncc.ir.plan import READ_AT, Blocks, Order, Plan, Ranges, Summary, TileTest
 from attncc.ir.show import show, show_param
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def lines(plan: Plan) -> list[str]:
     parts += _section(
         "queries of a key tile, kv_lo to kv_last", _ranges(plan.query_ranges, "q_idx")
     )
+    parts += _section("found by search, once for all calls of one mask", _searches(plan))
     if plan.blocks is Blocks.LISTS:
         parts += _section("tile test", _tile_test(plan.tiles))
     parts += _section("score", _score(plan))
@@ -36,6 +37,8 @@ def tier(plan: Plan) -> str:
     match plan.blocks:
         case Blocks.RANGES if plan.mask == TRUE:
             return "tier 1: every pair is kept, so every tile is full"
+        case Blocks.RANGES if plan.searches:
+            return "tier 1: loop bounds in closed form, of positions searched in sorted tensors"
         case Blocks.RANGES:
             return "tier 1: loop bounds in closed form; no table, whatever the arguments"
         case Blocks.LISTS:
@@ -51,6 +54,7 @@ def data(plan: Plan) -> dict[str, Any]:
         "score": show(plan.score),
         "key_ranges": _ranges_data(plan.key_ranges),
         "query_ranges": _ranges_data(plan.query_ranges),
+        "searches": _searches(plan),
         "tile_test": {
             "must": show(plan.tiles.must, _bounds(plan.tiles)),
             "may": show(plan.tiles.may, _bounds(plan.tiles)),
@@ -125,6 +129,17 @@ def _ranges(ranges: Ranges | None, name: str) -> list[str]:
         if not segments:
             found.append(f"{title:9}none")
     found += [f"{'beyond':9}{show(part)}" for part in ranges.left_out]
+    return found
+
+
+def _searches(plan: Plan) -> list[str]:
+    """`first_key_0[b, q_idx]: the first kv_idx with doc[b, kv_idx] >= doc[b, q_idx]`"""
+    found = []
+    for search in plan.searches:
+        at = ", ".join(show(READ_AT[str(dim)]) for dim in search.tensor.dims)
+        sought, order = show(search.of.at[-1]), ">" if search.past else ">="
+        condition = f"{show(search.of)} {order} {show(search.value)}"
+        found.append(f"{search.tensor.name}[{at}]: the first {sought} with {condition}")
     return found
 
 

@@ -120,9 +120,15 @@ def test_explain_says_tier_ranges_counts_and_draws():
 
 def test_explain_packs_real_documents():
     text = succeed("explain", PACKED, "--q-len", 1024)
+    assert "tier 1" in text
+    assert "first_key_0[b, q_idx]: the first kv_idx with doc[b, kv_idx] >= doc[b, q_idx]" in text
+    assert "doc[b, kv_idx] (proved in range)" in text
+
+
+def test_explain_says_what_lists_are_made_from():
+    text = succeed("explain", EXAMPLES / "share_question.attn", "--q-len", 1024)
     assert "tier 2" in text
     assert "lowest(doc[b, q_idx])" in text
-    assert "doc[b, kv_idx] (proved in range)" in text
 
 
 def test_explain_json_holds_the_same():

@@ -59,8 +59,10 @@ def test_ranges_hold(mask, binding: Binding, tile) -> None:
     binding = defined(mask, binding)
     plan = analyze(program_of(mask))
     keep = dense_mask(mask, binding)
-    check_segments(BoundPlan(plan, binding, tile).key_segments(), keep, tile[0])
-    queries = evaluated(TileGrid(binding, tile, plan.mask), plan.query_ranges, Axis.KV)
+    bound = BoundPlan(plan, binding, tile)
+    check_segments(bound.key_segments(), keep, tile[0])
+    grid = TileGrid(binding, tile, plan.mask)
+    queries = evaluated(grid, plan.query_ranges, Axis.KV, bound.found)
     check_segments(queries, keep.transpose(2, 3), tile[1])
 
 

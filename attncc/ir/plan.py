@@ -5,8 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from attncc.ir.expr import FALSE, TRUE, Axis, Expr, Score, TensorParam
-from attncc.ir.program import Program
+from attncc.ir.expr import (
+    FALSE,
+    KV_IDX,
+    Q_IDX,
+    TRUE,
+    Axis,
+    B,
+    Expr,
+    H,
+    Index,
+    Load,
+    Score,
+    TensorParam,
+)
+from attncc.ir.program import Param, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,32 @@ class Ranges:
     unmasked: tuple[Segment, ...]
     complete: bool
     left_out: tuple[Expr, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Where in a tensor declared sorted a value belongs: ranges read it as `tensor`.
+
+    of:    the sorted tensor at the position that ranges bound; every element along it is compared.
+    value: an int that does not read that position, evaluated at each of the other axis.
+    past:  finds the first position whose element is > value; else, >= value.
+    tensor: of dims batch, heads and q_len or kv_len, those of them that the search varies with.
+
+    Where all elements or none lie before the value, the result is FAR past them or before them:
+    reads beyond a tensor's ends are clamped, as if those elements went on.
+    """
+
+    tensor: TensorParam
+    of: Load
+    value: Expr
+    past: bool
+
+
+READ_AT: dict[str, Index] = {"batch": B, "heads": H, "q_len": Q_IDX, "kv_len": KV_IDX}
+"""The index along each dim of what a search makes."""
+
+FAR = 2**30
+"""Beyond any position, and small enough to add positions to in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +136,8 @@ class Plan:
     """Per query tile; None where tier 1 says nothing."""
     query_ranges: Ranges | None = None
     """Per key tile."""
+    searches: tuple[Search, ...] = ()
+    """What the ranges read besides the program's own parameters."""
     tiles: TileTest = TileTest()
     blocks: Blocks = Blocks.LISTS
     query_order: Order = Order.NATURAL
@@ -108,3 +149,8 @@ class Plan:
     proved_loads: frozenset[Expr] = frozenset()
     """Loads in range at every position within the lengths, whatever the arguments."""
     notes: tuple[Note, ...] = ()
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """The program's parameters, and what searches make."""
+        return (*self.program.params, *(search.tensor for search in self.searches))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from attncc.ir import expr as ir
-from attncc.ir.expr import Apply, Axis, Const, Expr, Index, Load, Scalar, Score, kind
+from attncc.ir.expr import Apply, Axis, Const, Expr, Index, Load, Scalar, Score, axes, kind
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Blocks, Order, Plan, Ranges, Summary
 from attncc.ir.rewrite import postorder
@@ -34,6 +34,7 @@ def _any_pass(plan: Plan) -> None:
     for ranges, ends in ((plan.key_ranges, Q_TILE), (plan.query_ranges, KV_TILE)):
         if ranges is not None:
             _ranges(plan, ranges, ends)
+    _searches(plan)
     _tiles(plan)
 
 
@@ -66,7 +67,20 @@ def _check(
 def _ranges(plan: Plan, ranges: Ranges, ends: frozenset[Index]) -> None:
     assert ranges.complete == (not ranges.left_out), "what is left out is listed"
     segments = (*ranges.visit, *ranges.unmasked)
-    _check(plan, (end for s in segments for end in (s.lo, s.hi)), Kind.INT, ends)
+    found = [search.tensor for search in plan.searches]
+    _check(plan, (end for s in segments for end in (s.lo, s.hi)), Kind.INT, ends, found)
+
+
+def _searches(plan: Plan) -> None:
+    names = [search.tensor.name for search in plan.searches]
+    taken = {param.name for param in plan.program.params}
+    assert len({*names, *taken}) == len(names) + len(taken), "names are distinct"
+    for number, search in enumerate(plan.searches):
+        assert search.of.tensor.sorted, "what is searched is in order"
+        before = [other.tensor for other in plan.searches[:number]]
+        _check(plan, (search.of, search.value), Kind.INT, PAIR, before)
+        (sought,) = (token for token in (ir.Q_IDX, ir.KV_IDX) if token == search.of.at[-1])
+        assert not axes(search.value) & sought.axes, "nothing is sought for itself"
 
 
 def _tiles(plan: Plan) -> None:

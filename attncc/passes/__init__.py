@@ -7,7 +7,7 @@ from dataclasses import fields
 from enum import Enum
 
 from attncc.ir.expr import Apply, Const, Index, Load, Scalar, Score
-from attncc.ir.plan import Note, Plan, Ranges, Segment, TileTest
+from attncc.ir.plan import Note, Plan, Ranges, Search, Segment, TileTest
 from attncc.ir.program import Program
 from attncc.ir.show import show
 from attncc.passes.choose_blocks import choose_blocks
@@ -65,6 +65,8 @@ def _shown(value: object) -> str:
         case TileTest(summaries, must, may):
             of = ", ".join(f"{s.low.name[:-2]} {show(s.expr)}" for s in summaries)
             return f"must {show(must)}, may {show(may)}" + (f", summaries {of}" if of else "")
+        case Search(tensor, of, wanted, past):
+            return f"{tensor.name}: {show(of)} {'>' if past else '>='} {show(wanted)}"
         case tuple() | frozenset():
             return "; ".join(_shown(part) for part in value)
         case Note(by, text):

@@ -17,13 +17,14 @@ SMALLEST_TILE = 64
 def choose_blocks(plan: Plan) -> Plan:
     """RANGES where they say all, or all that a tile of 64 x 64 can tell; else LISTS."""
     ranges = (plan.key_ranges, plan.query_ranges)
-    if all(r is not None and _enough(r) for r in ranges):
+    if all(r is not None and enough(r) for r in ranges):
         return replace(plan, blocks=Blocks.RANGES)
     note = Note("choose_blocks", "closed-form ranges leave tiles undecided: block lists")
     return replace(plan, blocks=Blocks.LISTS, notes=(*plan.notes, note))
 
 
-def _enough(ranges: Ranges) -> bool:
+def enough(ranges: Ranges) -> bool:
+    """Whether no list would say more of tiles of 64 x 64."""
     if ranges.complete:
         return True
     return bool(ranges.left_out) and all(map(_fine_grained, ranges.left_out))

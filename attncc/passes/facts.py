@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from attncc.ir import expr as ir
 from attncc.ir import ops
-from attncc.ir.expr import Apply, Const, Expr, Index, Scalar, kind
+from attncc.ir.expr import Apply, Const, Expr, Index, Load, Scalar, TensorParam, kind
 from attncc.ir.ops import Kind
 from attncc.passes.linear import Linear, linear
 
@@ -41,9 +41,25 @@ LOWER: dict[Expr, tuple[Linear, ...]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What holds at every position; `positive`: scalars taken to be > 0."""
+    """What holds at every position.
+
+    positive: scalars taken to be > 0.
+    ordered:  elements of tensors declared sorted are taken to be known by their order.
+    own:      (what a search makes, whether the position past) that seek each position's own
+              element, so that first <= position < past.
+    """
 
     positive: frozenset[Scalar] = frozenset()
+    ordered: bool = False
+    own: frozenset[tuple[TensorParam, bool]] = frozenset()
+
+    def knowing(self, positive: frozenset[Scalar]) -> Facts:
+        """The same with more scalars taken to be > 0."""
+        return replace(self, positive=self.positive | positive)
+
+    def rises(self, load: Load) -> bool:
+        """An int read that does not fall where its last index rises; others must stand still."""
+        return self.ordered and load.tensor.sorted and load.tensor.kind is Kind.INT
 
     def nonnegative(self, expr: Expr) -> bool:
         """Proved that expr >= 0 at every valid position; False says nothing."""
@@ -92,6 +108,8 @@ class Facts:
                 return ((), both) if upper else (both, ())
             case Apply(ops.INT, (x,)) if upper and kind(x) is Kind.BOOL:
                 return (Linear(const=1),), ()
+            case Load(tensor, (*_, at)) if (tensor, not upper) in self.own:
+                return (linear(at) if upper else linear(at).plus(Linear(const=1)),), ()
             case _:
                 return (), ()
 
@@ -122,7 +140,7 @@ class Facts:
             case Apply(ops.MAX | ops.BITAND, (x, y)):
                 return self._nonnegative(x, depth) or self._nonnegative(y, depth)
             case Apply(ops.WHERE, (c, x, y)):
-                knowing = Facts(self.positive | positive_where(c))
+                knowing = self.knowing(positive_where(c))
                 return knowing._nonnegative(x, depth) and self._nonnegative(y, depth)
             case _:
                 return False

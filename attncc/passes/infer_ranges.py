@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 
 from attncc.ir import expr as ir
 from attncc.ir import ops
-from attncc.ir.expr import FALSE, TRUE, Axis, Const, Expr, Index, Scalar, apply, axes
+from attncc.ir.expr import FALSE, TRUE, Axis, Const, Expr, Index, Load, Scalar, apply, axes
 from attncc.ir.plan import Note, Plan, Ranges
 from attncc.ir.rewrite import Rewriter
+from attncc.passes.choose_blocks import enough
 from attncc.passes.disjuncts import AtMostZero, Conjunct, Literal, Normalizer
-from attncc.passes.facts import Facts
-from attncc.passes.intervals import Bounder, Interval
+from attncc.passes.facts import FACTS, Facts
+from attncc.passes.interval_rules.interval import Interval
+from attncc.passes.intervals import Bounder
 from attncc.passes.isolate import Limit, isolate
+from attncc.passes.linear import Linear
 from attncc.passes.monotone import direction
+from attncc.passes.searches import Searches
 from attncc.passes.segments import ZERO, Merger, Piece
 from attncc.passes.simplify import RULES
 
@@ -29,13 +33,32 @@ def infer_ranges(plan: Plan) -> Plan:
 
     What it cannot isolate is ignored by `visit`, empties that disjunct's `unmasked`, and is listed
     in `left_out`: positions inside remainders, bits, tensors or several atoms; float comparisons;
-    limits that read a tensor per position, or that are not monotone along the tile.
+    limits that read a tensor per position, or that are not monotone along the tile. Tensors
+    declared sorted are searched, and monotone; but only where ranges then say enough, since lists
+    look at the tensors anyway.
     """
+    if any(isinstance(node, Load) and node.tensor.sorted for node in ir.walk(plan.mask)):
+        searched = _inferred(plan, Facts(ordered=True))
+        ranges = (searched.key_ranges, searched.query_ranges)
+        if all(found is not None and enough(found) for found in ranges):
+            return searched
+    return _inferred(plan, FACTS)
+
+
+def _inferred(plan: Plan, facts: Facts) -> Plan:
     simplify = Rewriter(RULES)
-    keys, key_notes = _Finder(simplify, ir.KV_IDX, ir.Q_IDX, ir.KV_LEN).ranges(plan.mask)
-    queries, query_notes = _Finder(simplify, ir.Q_IDX, ir.KV_IDX, ir.Q_LEN).ranges(plan.mask)
-    notes = dict.fromkeys((*plan.notes, *key_notes, *query_notes))
-    return replace(plan, key_ranges=keys, query_ranges=queries, notes=tuple(notes))
+    searches = Searches(simplify, frozenset(param.name for param in plan.program.params))
+    sides = ((ir.KV_IDX, ir.Q_IDX, ir.KV_LEN), (ir.Q_IDX, ir.KV_IDX, ir.Q_LEN))
+    (keys, key_notes), (queries, query_notes) = (
+        _Finder(simplify, *side, searches, facts).ranges(plan.mask) for side in sides
+    )
+    return replace(
+        plan,
+        key_ranges=keys,
+        query_ranges=queries,
+        searches=searches.read_by((keys, queries)),
+        notes=tuple(dict.fromkeys((*plan.notes, *key_notes, *query_notes))),
+    )
 
 
 @dataclass(frozen=True)
@@ -54,12 +77,21 @@ IGNORED = _Found(Piece(), NOTHING, tight=False)
 class _Finder:
     """Ranges of one position, over tiles of the other."""
 
-    def __init__(self, simplify: Rewriter, position: Index, other: Index, size: ir.ScalarParam):
+    def __init__(
+        self,
+        simplify: Rewriter,
+        position: Index,
+        other: Index,
+        size: ir.ScalarParam,
+        searches: Searches,
+        facts: Facts,
+    ):
         self.simplify = simplify
+        self.searches = searches
+        self.facts = facts
         self.position = position
         self.other = other
         self.length = Scalar(size)
-        self.merger = Merger(simplify, self.length)
         self.bounders: dict[frozenset[Scalar], Bounder] = {}
 
     def ranges(self, mask: Expr) -> tuple[Ranges, tuple[Note, ...]]:
@@ -72,15 +104,16 @@ class _Finder:
             visit.append(outer)
             unmasked.append(inner)
             left_out |= dict.fromkeys(loose)
-        some = self.merger.union(visit, MOST)
-        every = self.merger.union(unmasked, MOST)
+        merger = Merger(self.simplify, self.length, replace(self.facts, own=self.searches.own()))
+        some = merger.union(visit, MOST)
+        every = merger.union(unmasked, MOST)
         notes: tuple[Note, ...] = ()
         if some is None or every is None:
             text = f"more than {MOST} segments of {self.position.name}: one hull around them"
             notes = (Note("infer_ranges", text),)
             left_out[mask] = None
         if some is None:
-            some = (self.merger.hull(visit),)
+            some = (merger.hull(visit),)
         return Ranges(some, every or (), not left_out, tuple(left_out)), notes
 
     def _conjunct(self, conjunct: Conjunct) -> tuple[Piece, Piece, list[Expr]]:
@@ -103,8 +136,14 @@ class _Finder:
             return self._guard(literal)
         if not any(axes(atom) & self.position.axes for atom in literal.form.terms):
             return self._guard(apply(ops.LE, literal.form.expr(), ZERO))
-        limit = isolate(literal.form, self.position)
+        limit = isolate(literal.form, self.position, self._search)
         return IGNORED if limit is None else self._limit(limit)
+
+    def _search(
+        self, load: Load, upper: bool, bound: Linear, positive: frozenset[Scalar]
+    ) -> Linear | None:
+        facts = self.facts.knowing(positive)
+        return self.searches.limit(load, upper, bound, self.position, facts)
 
     def _guard(self, literal: Expr) -> _Found:
         """A bool that does not read the position: all positions or none."""
@@ -119,21 +158,21 @@ class _Finder:
         """A comparison that both bounds decide exactly, since each side is monotone."""
         if not isinstance(literal, ir.Apply) or literal.op not in _COMPARISONS:
             return False
-        sides = [direction(side, self.other.axes) for side in literal.args]
+        sides = [direction(side, self.other.axes, self.facts) for side in literal.args]
         return None not in sides and 0 in sides
 
     def _limit(self, limit: Limit) -> _Found:
         bound = self.simplify(limit.bound.expr())
         limit = self._with_divisors(limit, bound)
         ends = self._bounder(limit.positive)(bound)
-        tight = direction(bound, self.other.axes, Facts(limit.positive)) is not None
+        tight = self._monotone(bound, limit.positive)
         outer, inner = (ends.hi, ends.lo) if limit.upper else (ends.lo, ends.hi)
         visit = self._piece(limit, outer, missing=Piece())
         return _Found(visit, self._piece(limit, inner, missing=NOTHING), tight)
 
     def _with_divisors(self, limit: Limit, bound: Expr) -> Limit:
         """Takes scalars that divide a position to be > 0, where that makes the bound monotone."""
-        if direction(bound, self.other.axes, Facts(limit.positive)) is not None:
+        if self._monotone(bound, limit.positive):
             return limit
         positive = limit.positive | frozenset(
             node.args[1]
@@ -142,8 +181,10 @@ class _Finder:
             and node.op is ops.FLOORDIV
             and isinstance(node.args[1], Scalar)
         )
-        monotone = direction(bound, self.other.axes, Facts(positive)) is not None
-        return replace(limit, positive=positive) if monotone else limit
+        return replace(limit, positive=positive) if self._monotone(bound, positive) else limit
+
+    def _monotone(self, bound: Expr, positive: frozenset[Scalar]) -> bool:
+        return direction(bound, self.other.axes, self.facts.knowing(positive)) is not None
 
     def _piece(self, limit: Limit, end: Expr | None, missing: Piece) -> Piece:
         if end is None:
@@ -166,7 +207,7 @@ class _Finder:
     def _bounder(self, positive: frozenset[Scalar]) -> Bounder:
         if positive not in self.bounders:
             leaf = _hide(self.position.axes)
-            self.bounders[positive] = Bounder(self.simplify, leaf, Facts(positive))
+            self.bounders[positive] = Bounder(self.simplify, leaf, self.facts.knowing(positive))
         return self.bounders[positive]
 
 

@@ -25,7 +25,9 @@ from attncc.ir.expr import (
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Note, Plan, Summary, TileTest
 from attncc.ir.rewrite import Rewriter, postorder
-from attncc.passes.intervals import NAN, Bounder, Interval, bounded
+from attncc.passes.interval_rules.arithmetic import bounded
+from attncc.passes.interval_rules.interval import NAN, Interval
+from attncc.passes.intervals import Bounder
 from attncc.passes.linear import Linear, difference
 from attncc.passes.monotone import direction
 from attncc.passes.precision import same_in_any_dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attncc.ir import ops
-from attncc.ir.expr import Apply, Axis, Const, Expr, Index, Scalar, axes, kind
+from attncc.ir.expr import Apply, Axis, Const, Expr, Index, Load, Scalar, axes, kind
 from attncc.ir.ops import Kind
 from attncc.passes.facts import FACTS, Facts, positive_where
 
@@ -14,7 +14,8 @@ MAX_DEPTH = 60
 def direction(expr: Expr, axis: Axis, facts: Facts = FACTS, depth: int = MAX_DEPTH) -> int | None:
     """1 nondecreasing, -1 nonincreasing, 0 constant along the axis, None unknown.
 
-    Only ints; tensors read at the axis, remainders, bits and floats are unknown.
+    Only ints; remainders, bits, floats, and tensors read at the axis whose order is not known, are
+    unknown.
     """
     if not axes(expr) & axis:
         return 0
@@ -39,9 +40,12 @@ def direction(expr: Expr, axis: Axis, facts: Facts = FACTS, depth: int = MAX_DEP
         case Apply(ops.FLOORDIV, (x, y)):
             return _times(_sign(y, facts), direction(x, axis, facts, depth - 1))
         case Apply(ops.WHERE, (c, x, y)) if not axes(c) & axis:
-            knowing = Facts(facts.positive | positive_where(c))
+            knowing = facts.knowing(positive_where(c))
             rises = direction(x, axis, knowing, depth - 1)
             return _together(rises, direction(y, axis, facts, depth - 1))
+        case Load(_, (*outer, last)) if facts.rises(expr):
+            moving = any(axes(index) & axis for index in outer)
+            return None if moving else direction(last, axis, facts, depth - 1)
         case _:
             return None
 

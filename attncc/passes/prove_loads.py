@@ -17,17 +17,27 @@ IN_A_PAIR = Facts(frozenset(map(Scalar, SIZES)))
 
 
 def prove_loads(plan: Plan) -> Plan:
-    """Fills proved_loads; indices from tensors, and dims of free names, are checked when bound."""
+    """Fills proved_loads; indices from tensors, and dims of free names, are checked when bound.
+
+    What ranges read at the ends of tiles is not: kernels clamp it where it is not proved.
+    """
     exprs = [plan.mask, plan.score]
     if plan.program.sink is not None:
         exprs.append(plan.program.sink)
     loads = {node for expr in exprs for node in postorder(expr) if isinstance(node, Load)}
-    proved = frozenset(load for load in loads if in_range(load))
+    proved = frozenset(load for load in loads | _in_ranges(plan) if in_range(load))
     open_names = sorted({load.tensor.name for load in loads - proved})
     if open_names:
         text = f"reads of {', '.join(open_names)} are checked when bound"
         plan = replace(plan, notes=(*plan.notes, Note("prove_loads", text)))
     return replace(plan, proved_loads=proved)
+
+
+def _in_ranges(plan: Plan) -> set[Load]:
+    """What the ends of ranges read, at the ends of tiles."""
+    found = [ranges for ranges in (plan.key_ranges, plan.query_ranges) if ranges is not None]
+    ends = [end for r in found for s in (*r.visit, *r.unmasked) for end in (s.lo, s.hi)]
+    return {node for end in ends for node in postorder(end) if isinstance(node, Load)}
 
 
 def in_range(load: Load) -> bool:

@@ -9,7 +9,7 @@ from attncc.ir import ops
 from attncc.ir.expr import FALSE, TRUE, Const, Expr
 from attncc.ir.plan import Segment
 from attncc.ir.rewrite import Rewriter
-from attncc.passes.facts import FACTS
+from attncc.passes.facts import FACTS, Facts
 
 ZERO = Const(0)
 
@@ -26,9 +26,10 @@ class Piece:
 class Merger:
     """Merges the pieces of one union over positions [0, length)."""
 
-    def __init__(self, simplify: Rewriter, length: Expr) -> None:
+    def __init__(self, simplify: Rewriter, length: Expr, facts: Facts = FACTS) -> None:
         self.make = simplify.make
         self.length = length
+        self.facts = facts
 
     def union(self, pieces: Sequence[Piece], most: int) -> tuple[Segment, ...] | None:
         """At most that many segments covering exactly the pieces, or None."""
@@ -36,7 +37,7 @@ class Merger:
         if len(merged) > most:
             return None
         segments = (self._segment(piece) for piece in merged)
-        kept = [s for s in segments if not FACTS.at_most(s.hi, s.lo)]
+        kept = [s for s in segments if not self.facts.at_most(s.hi, s.lo)]
         return tuple(sorted(kept, key=lambda segment: segment.lo != ZERO))
 
     def hull(self, pieces: Sequence[Piece]) -> Segment:
@@ -72,10 +73,10 @@ class Merger:
 
     def _tidy(self, piece: Piece) -> Piece:
         """Without the limits that others make needless."""
-        lows = _needed(piece.lows, lambda one, two: FACTS.at_most(two, one))
-        highs = _needed(piece.highs, FACTS.at_most)
-        lows = tuple(low for low in lows if not FACTS.at_most(low, ZERO))
-        highs = tuple(high for high in highs if not FACTS.at_most(self.length, high))
+        lows = _needed(piece.lows, lambda one, two: self.facts.at_most(two, one))
+        highs = _needed(piece.highs, self.facts.at_most)
+        lows = tuple(low for low in lows if not self.facts.at_most(low, ZERO))
+        highs = tuple(high for high in highs if not self.facts.at_most(self.length, high))
         return Piece(lows, highs, piece.guard)
 
     def _merged(self, pieces: list[Piece]) -> list[Piece]:
@@ -103,7 +104,7 @@ class Merger:
     def _contains(self, one: Piece, two: Piece) -> bool:
         if one.guard != TRUE and one.guard != two.guard:
             return False
-        starts = set(one.lows) <= set(two.lows) or FACTS.at_most(self._lo(one), self._lo(two))
+        starts = set(one.lows) <= set(two.lows) or self.facts.at_most(self._lo(one), self._lo(two))
         return starts and set(one.highs) <= set(two.highs)
 
     def _same_start(self, one: Piece, two: Piece) -> Piece:
@@ -136,7 +137,7 @@ class Merger:
     def _touching(self, one: Piece, two: Piece) -> Piece | None:
         """[a, b) and [c, d) with c <= b, a <= c proved: [a, max(b, d)) where one is not empty."""
         first, second = self._segment(one), self._segment(two)
-        meets = FACTS.at_most(second.lo, first.hi) and FACTS.at_most(first.lo, second.lo)
+        meets = self.facts.at_most(second.lo, first.hi) and self.facts.at_most(first.lo, second.lo)
         return Piece(one.lows, (self.make(ops.MAX, first.hi, second.hi),)) if meets else None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from attncc.binding import Binding
 from attncc.ir.expr import Axis
 from attncc.ir.plan import Blocks, Plan
+from attncc.searches import Found
 from attncc.tiles import classes, counts, pairs, segments
 from attncc.tiles.counts import Counts, Density
 from attncc.tiles.grid import TileGrid
@@ -26,6 +28,8 @@ class BoundPlan:
     plan: Plan
     binding: Binding
     tile: tuple[int, int]
+    searched: Found | None = field(default=None, kw_only=True, compare=False, repr=False)
+    """What plans over other tiles share."""
 
     @property
     def q_tiles(self) -> int:
@@ -40,7 +44,7 @@ class BoundPlan:
         if tile == self.tile:
             return self
         if tile not in self._others:
-            self._others[tile] = BoundPlan(self.plan, self.binding, tile)
+            self._others[tile] = BoundPlan(self.plan, self.binding, tile, searched=self._searched)
         return self._others[tile]
 
     @cached_property
@@ -51,6 +55,15 @@ class BoundPlan:
     def kept(self) -> dict[str, object]:
         """What backends make of it once and keep, each under a name of its own."""
         return {}
+
+    @cached_property
+    def _searched(self) -> Found:
+        return self.searched or Found(self.plan, self.binding)
+
+    @property
+    def found(self) -> Mapping[str, Tensor]:
+        """What the plan's searches find, by name; on the binding's device, no host sync."""
+        return self._searched.tensors
 
     @cached_property
     def _grid(self) -> TileGrid:
@@ -71,7 +84,9 @@ class BoundPlan:
     @cached_property
     def _key_table(self) -> SegmentTable | None:
         ranges = self.plan.key_ranges
-        return None if ranges is None else segments.evaluated(self._grid, ranges, Axis.Q).merged()
+        if ranges is None:
+            return None
+        return segments.evaluated(self._grid, ranges, Axis.Q, self.found).merged()
 
     @cached_property
     def counts(self) -> Counts:
@@ -95,7 +110,7 @@ class BoundPlan:
         if grid.pairs == 0:
             return Density(0.0, 0.0)
         if ranges is not None and ranges.complete:
-            kept = segments.kept_pairs(grid, ranges)
+            kept = segments.kept_pairs(grid, ranges, self.found)
         elif grid.pairs <= pairs.AFFORDABLE:
             kept = pairs.kept(grid, self.classify())
         else:

@@ -34,20 +34,26 @@ class SegmentTable:
         return SegmentTable(self.visit_lo, self.visit_hi, lo, hi)
 
 
-def evaluated(grid: TileGrid, ranges: Ranges, axis: Axis) -> SegmentTable:
+Found = Mapping[str, Tensor]
+"""What searches found, by name."""
+
+
+def evaluated(grid: TileGrid, ranges: Ranges, axis: Axis, found: Found) -> SegmentTable:
     """The ranges of every tile along an axis: of keys along Q, of queries along KV."""
-    return _evaluated(grid, ranges, grid.ends(axis))
+    return _evaluated(grid, ranges, grid.ends(axis), found)
 
 
-def kept_pairs(grid: TileGrid, ranges: Ranges) -> int:
+def kept_pairs(grid: TileGrid, ranges: Ranges, found: Found) -> int:
     """Pairs in the key ranges of single rows, which are complete."""
     rows = grid.arange(grid.binding.q_len)
-    table = _evaluated(grid, ranges, {"q_lo": rows, "q_last": rows, "q_idx": rows})
+    table = _evaluated(grid, ranges, {"q_lo": rows, "q_last": rows, "q_idx": rows}, found)
     return union_size(table.unmasked_lo, torch.maximum(table.unmasked_hi, table.unmasked_lo))
 
 
-def _evaluated(grid: TileGrid, ranges: Ranges, ends: Mapping[str, Tensor]) -> SegmentTable:
-    env = grid.env({**grid.sequences_and_heads(3), **ends})
+def _evaluated(
+    grid: TileGrid, ranges: Ranges, ends: Mapping[str, Tensor], found: Found
+) -> SegmentTable:
+    env = grid.env({**grid.sequences_and_heads(3), **ends}, found)
     count = next(iter(ends.values())).numel()
     parts = (ranges.visit, ranges.unmasked)
     values = [_stack(segments, env, (*grid.outer, count)) for segments in parts]

@@ -27,6 +27,13 @@ attention sigmoid_causal(offset: float = -8.0):
     normalize = sigmoid
 """
 
+SCATTERED = """
+# Documents whose tokens may lie anywhere: tiles come from lists.
+attention scattered_documents(doc: int[batch, kv_len], window: int = 1024):
+    let same_document = doc[b, q_idx] == doc[b, kv_idx]
+    mask = q_idx >= kv_idx and q_idx - kv_idx < window and same_document
+"""
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -69,7 +76,9 @@ GOLDENS = (
     Golden("streaming"),
     Golden("prefix_lm"),
     Golden("packed"),
-    Golden("packed", "lists"),
+    Golden("packed", "backward"),
+    Golden(SCATTERED),
+    Golden(SCATTERED, "lists"),
     Golden("alibi"),
     Golden("softcap"),
     Golden("relative_bias", "backward"),

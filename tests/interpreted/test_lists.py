@@ -112,7 +112,7 @@ def bound_of(text: str, tile=(8, 4), *, tensors=None, q_len=61, kv_len=61, **sca
 
 
 DOCUMENTS = """
-attention documents(doc: int[batch, kv_len] sorted):
+attention documents(doc: int[batch, kv_len]):
     mask = q_idx >= kv_idx and doc[b, q_idx] == doc[b, kv_idx]
 """
 

@@ -1,4 +1,4 @@
-"""A call's sizes, scalars and captured tensors as arguments of generated kernels."""
+"""A call's sizes, scalars and tensors as arguments of generated kernels."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from functools import lru_cache
 from typing import Any
 
 from attncc.backends.triton.text import Names
-from attncc.binding import Binding
 from attncc.ir.plan import Plan
+from attncc.tiles import BoundPlan
 
 Values = dict[str, Any]
 
 
-def captured(plan: Plan, binding: Binding) -> Values:
-    """Sizes, scalars and captured tensors as kernels name them."""
+def captured(bound: BoundPlan) -> Values:
+    """Sizes, scalars, captured tensors and what searches found, as kernels name them."""
+    plan, binding = bound.plan, bound.binding
     values: Values = dict(binding.scalars)
     names = _names(plan)
     for scalar in plan.program.scalars:
         value = binding.scalars[scalar.name]
         # Triton's interpreter takes no bools.
         values[names[scalar.name]] = int(value) if isinstance(value, bool) else value
+    for name, data in bound.found.items():
+        values[names.pointer(name)] = data
     for tensor in plan.program.tensors:
         if tensor.name not in binding.tensors:  # a plan that calls share holds the mask's alone
             continue
@@ -37,4 +40,4 @@ def captured(plan: Plan, binding: Binding) -> Values:
 
 @lru_cache(maxsize=256)
 def _names(plan: Plan) -> Names:
-    return Names(param.name for param in plan.program.params)
+    return Names(param.name for param in plan.params)

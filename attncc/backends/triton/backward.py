@@ -21,6 +21,7 @@ from attncc.backends.triton.lower import Gradient, Reduction
 from attncc.backends.triton.sections import (
     File,
     Function,
+    Loop,
     Spec,
     define,
     loop,
@@ -264,11 +265,12 @@ def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:
     sums = [name for name, _ in mods.sums("kv")]
     args = [*sides(spec, "q", "k", "v", "dout"), "dk_ptr", *strides("dk"), "dv_ptr"]
     args += [*strides("dv"), "lse_ptr", "delta_ptr", *(f"{name}_ptr" for name in sums)]
-    args += [*mods.extra, *LAST]
+    tiles = loop(file, "kv", "q", "BLOCK_M")
+    args += [*mods.extra, *LAST, *tiles.extra]
     body = which_tile(plan.key_order, "kv").replace("batch * heads", "batch * (heads // GROUP)")
     body = body.replace("b = bh // heads", "b = bh // (heads // GROUP)")
     body = body.replace("h = bh % heads", "kv_head = bh % (heads // GROUP)\nh = kv_head * GROUP")
-    group = _group(file, mods, fold, sums)
+    group = _group(file, mods, fold, sums, tiles)
     body += "kv_lo = kv_tile * BLOCK_N\n"
     if "kv_last" in group:
         body += "kv_last = tl.minimum(kv_lo + BLOCK_N, kv_len) - 1\n"
@@ -289,9 +291,8 @@ def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:
     return define("backward_kv", args, body, kernel=True)
 
 
-def _group(file: File, mods: BackwardMods, fold: Function, sums: list[str]) -> str:
+def _group(file: File, mods: BackwardMods, fold: Function, sums: list[str], tiles: Loop) -> str:
     spec = file.spec
-    tiles = loop(file, "kv", "q", "BLOCK_M")
     body = "h = kv_head * GROUP + g\n"
     moved = [a for a in ("q", "dout") if not spec.descriptors]
     names = {a: f"{a}_head_ptr" for a in moved}
@@ -321,8 +322,9 @@ def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
     spec, plan = file.spec, file.spec.lowering.plan
     sums = [name for name, _ in mods.sums("q")]
     args = [*sides(spec, "q", "k", "v", "dout"), "dq_ptr", *strides("dq"), "lse_ptr", "delta_ptr"]
-    args += [*(f"{name}_ptr" for name in sums), *_pair_args(mods), *mods.extra, *LAST]
     tiles = loop(file, "q", "kv", "BLOCK_N")
+    args += [*(f"{name}_ptr" for name in sums), *_pair_args(mods)]
+    args += [*mods.extra, *LAST, *tiles.extra]
     body = which_tile(plan.query_order, "q")
     body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
     if "q_last" in tiles.setup:

@@ -88,7 +88,7 @@ class ListFile(File):
         super().__init__(spec)
         plan = spec.lowering.plan
         self.doubles = doubles
-        self.printer = Printer(self.names, plan.proved_loads, bounds=True)
+        self.printer = Printer(self.names, plan.proved_loads, bounds=True, found=self.found)
         self.test: Test = tile_test(plan)
         ints = (p.name for p in spec.params if isinstance(p, ScalarParam) and p.kind is Kind.INT)
         self.ints = {self.names[name] for name in ints}

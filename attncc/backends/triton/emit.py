@@ -160,11 +160,11 @@ def _descriptor(name: str, call: Call, config: Config) -> str:
 
 
 def _parameters(found: Spec) -> dict[str, str]:
-    """The program's own parameters."""
-    params = found.lowering.plan.program.params
-    names = Names(param.name for param in params)
-    types: dict[str, str] = {}
-    for param in params:
+    """The program's own parameters, and what searches make."""
+    plan = found.lowering.plan
+    names = Names(param.name for param in plan.params)
+    types = {names.pointer(search.tensor.name): "*i32" for search in plan.searches}
+    for param in plan.program.params:
         match param:
             case ScalarParam(name, kind):
                 types[names[name]] = NUMBERS[kind]
@@ -177,6 +177,6 @@ def _parameters(found: Spec) -> dict[str, str]:
 
 def _unit_strides(found: Spec) -> Mapping[str, int]:
     """Captured tensors are contiguous: a launch sees the 1, and makes a constant of it."""
-    program = found.lowering.plan.program
-    names = Names(param.name for param in program.params)
-    return {names.stride(t.name, len(t.dims) - 1): 1 for t in program.tensors if t.dims}
+    plan = found.lowering.plan
+    names = Names(param.name for param in plan.params)
+    return {names.stride(t.name, len(t.dims) - 1): 1 for t in plan.program.tensors if t.dims}

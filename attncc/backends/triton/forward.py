@@ -215,8 +215,8 @@ def _kernel(file: File, mods: Mods, attend: Function) -> Function:
     spec = file.spec
     lowering, plan = spec.lowering, spec.lowering.plan
     args = [*sides(spec, "q", "k", "v"), "out_ptr", *strides("out"), "lse_ptr"]
-    args += [*mods.extra, *_sink_extra(file), *LAST]
     tiles = loop(file, "q", "kv", "BLOCK_N")
+    args += [*mods.extra, *_sink_extra(file), *LAST, *tiles.extra]
     body = which_tile(plan.query_order, "q")
     body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"
     if "q_last" in tiles.setup:

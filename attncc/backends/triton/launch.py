@@ -207,7 +207,7 @@ def strided(values: Values, name: str, x: Tensor) -> None:
 def common(run: Run, q: Tensor, v: Tensor) -> Values:
     """Arguments that every kernel may name: sizes, scalars, captured tensors."""
     binding = run.bound.binding
-    values = captured(run.bound.plan, binding)
+    values = captured(run.bound)
     values |= {
         "scale": run.scale,
         "GROUP": binding.heads // binding.kv_heads,

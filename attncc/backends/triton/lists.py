@@ -144,7 +144,7 @@ class ListMaker:
 
     def _arguments(self, summaries: Mapping[str, Summaries]) -> Values:
         binding = self.bound.binding
-        values = captured(self.bound.plan, binding)
+        values = captured(self.bound)
         values |= {
             "GROUP": binding.heads // binding.kv_heads,
             "BLOCK_M": self.bound.tile[0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncc.backends.triton.lower import Lowering, uses
 from attncc.backends.triton.text import (
@@ -16,6 +16,7 @@ from attncc.backends.triton.text import (
     WIDTH,
     Names,
     Printer,
+    atom,
     indented,
     laid_out,
 )
@@ -33,6 +34,9 @@ from attncc.ir.expr import (
 )
 from attncc.ir.plan import Blocks, Order, Ranges, Segment
 from attncc.ir.show import show, show_program
+
+SHORT_ENOUGH = 66
+"""Of a bound that a line divides."""
 
 Params = tuple[ScalarParam | TensorParam, ...]
 
@@ -55,7 +59,7 @@ class Spec:
 
     @property
     def params(self) -> Params:
-        return (*self.lowering.plan.program.params, *SIZES)
+        return (*self.lowering.plan.params, *SIZES)
 
     @property
     def name(self) -> str:
@@ -122,11 +126,12 @@ class File:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        program = spec.lowering.plan.program
-        self.names = Names(p.name for p in program.params)
-        proved = spec.lowering.plan.proved_loads
-        self.printer = Printer(self.names, proved, spec.ptx)
-        self.ends = Printer(self.names, proved, spec.ptx, wide=spec.wide)
+        plan = spec.lowering.plan
+        self.names = Names(p.name for p in plan.params)
+        proved = plan.proved_loads
+        self.found = frozenset(search.tensor for search in plan.searches)
+        self.printer = Printer(self.names, proved, spec.ptx, found=self.found)
+        self.ends = Printer(self.names, proved, spec.ptx, wide=spec.wide, found=self.found)
         self.ends.helpers = self.printer.helpers
         self.functions: list[Function] = []
 
@@ -141,6 +146,8 @@ class File:
 
     def _tensor(self, tensor: TensorParam, exprs: Sequence[Expr | None]) -> list[str]:
         name, ranks = tensor.name, range(len(tensor.dims))
+        if tensor in self.found:
+            return [self.names.pointer(name), *map(str, tensor.dims[1:])]
         args = [self.names.pointer(name)] + [self.names.stride(name, i) for i in ranks]
         loads = [n for e in exprs if e is not None for n in walk(e) if isinstance(n, Load)]
         if any(n.tensor == tensor and n not in self.printer.proved for n in loads):
@@ -245,6 +252,8 @@ class Loop:
     setup: str
     full: tuple[str, list[str]] | None
     partial: tuple[str, list[str]]
+    extra: tuple[str, ...] = ()
+    """What the set-up reads beyond tiles and lengths."""
 
 
 def loop(file: File, rows: str, columns: str, block: str) -> Loop:
@@ -254,7 +263,8 @@ def loop(file: File, rows: str, columns: str, block: str) -> Loop:
     if plan.blocks is Blocks.LISTS:
         return _list_loop(rows)
     assert ranges is not None
-    return _range_loop(file, ranges, columns, block)
+    ends = [end for s in (*ranges.visit, *ranges.unmasked) for end in (s.lo, s.hi)]
+    return replace(_range_loop(file, ranges, columns, block), extra=file.extras(ends))
 
 
 def _list_loop(rows: str) -> Loop:
@@ -332,8 +342,10 @@ def _tiles(
             for text, expr in ((lo_text, segment.lo), (hi_text, segment.hi))
         )
         if outward:
+            lo_text = _short(lo, lo_text, lines)
             first, end = f"{_grouped(lo_text)} // {block}", f"tl.cdiv({hi_text}, {block})"
         else:
+            hi_text = _short(hi, hi_text, lines)
             first, end = f"tl.cdiv({lo_text}, {block})", f"{_grouped(hi_text)} // {block}"
         lines += [f"{lo} = {first}", f"{hi} = tl.maximum({end}, {lo})"]
         result.append((lo, hi))
@@ -342,19 +354,28 @@ def _tiles(
     return result
 
 
-def _narrow(spec: Spec, text: str, expr: Expr, length: str) -> str:
-    """Text of 32 bits: arguments and captured tensors may be wider."""
-    wide = any(
-        isinstance(n, Load) or (isinstance(n, Scalar) and n.param not in SIZES) for n in walk(expr)
-    )
-    if wide and spec.wide:
-        return f"tl.minimum(tl.maximum({text}, 0), {length}).to(tl.int32)"
-    return f"{_grouped(text)}.to(tl.int32)" if wide else text
-
-
 def _grouped(text: str) -> str:
     """Text that an operator may follow."""
-    return text if re.fullmatch(r"\w+|tl\.\w+\([^()]*\)", text) else f"({text})"
+    return text if text.isdigit() else atom(text)
+
+
+def _short(name: str, text: str, lines: list[str]) -> str:
+    """The text, or a name for what is too long to stand before an operator."""
+    if len(text) <= SHORT_ENOUGH:
+        return text
+    lines.append(f"{name} = {text}")
+    return name
+
+
+def _narrow(spec: Spec, text: str, expr: Expr, length: str) -> str:
+    """Text of 32 bits: arguments and captured tensors may be wider."""
+    own = spec.lowering.plan.program.tensors
+    loads = [n for n in walk(expr) if isinstance(n, Load)]
+    captured = any(n.tensor in own for n in loads)
+    captured |= any(isinstance(n, Scalar) and n.param not in SIZES for n in walk(expr))
+    if spec.wide and (captured or loads):
+        return f"tl.minimum(tl.maximum({text}, 0), {length}).to(tl.int32)"
+    return f"{atom(text)}.to(tl.int32)" if captured else text
 
 
 def _ordered(first: tuple[str, str], second: tuple[str, str]) -> list[str]:

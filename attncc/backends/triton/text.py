@@ -6,7 +6,7 @@ import keyword
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import assert_never
 
 from attncc.ir import ops
@@ -20,6 +20,7 @@ from attncc.ir.expr import (
     Load,
     Scalar,
     Score,
+    TensorParam,
     axes,
     children,
     kind,
@@ -219,8 +220,10 @@ class Printer:
         ptx: bool = False,
         bounds: bool = False,
         wide: bool = False,
+        found: Collection[TensorParam] = (),
     ) -> None:
-        """wide: int scalars take 64 bits.
+        """wide: int scalars, and what searches found, take 64 bits.
+        found: what searches make, int32 and contiguous.
         bounds: for expressions that bound others, whose ints take 64 bits, and whose nan means
         that nothing is known, so that min and max must keep it."""
         self.names = names
@@ -228,6 +231,7 @@ class Printer:
         self.ptx = ptx
         self.bounds = bounds
         self.wide = wide
+        self.found = frozenset(found)
         self.helpers: set[str] = set()
 
     @property
@@ -265,7 +269,8 @@ class _Body:
         if expr in self.named:
             return self.named[expr]
         text, own = self._print(expr)
-        if isinstance(expr, Apply | Load) and (expr in self.shared or len(text) > self.long):
+        named = expr in self.shared or len(text) > self.long or self._is_found(expr)
+        if isinstance(expr, Apply | Load) and named:
             return self._name(expr, text)
         return text if own >= precedence else f"({text})"
 
@@ -297,7 +302,25 @@ class _Body:
             case _:
                 assert_never(expr)
 
+    def _is_found(self, expr: Expr) -> bool:
+        return isinstance(expr, Load) and expr.tensor in self.printer.found
+
+    def _found(self, load: Load) -> str:
+        """What a search found: one int32 a position, row after row."""
+        where = ""
+        for dim, index in zip(load.tensor.dims, load.at, strict=True):
+            text = self._at(index, P_SUM)
+            if where:
+                where = f"{where if where == 'b' else f'({where})'}.to(tl.int64) * {dim} + {text}"
+            else:
+                where = text
+        pointer = self.printer.names.pointer(load.tensor.name)
+        text = f"tl.load({pointer} + {where})" if where else f"tl.load({pointer})"
+        return f"{text}.to(tl.int64)" if self.printer.wide else text
+
     def _load(self, load: Load) -> str:
+        if self._is_found(load):
+            return self._found(load)
         names = self.printer.names
         tensor = load.tensor.name
         where = names.pointer(tensor)
@@ -309,7 +332,7 @@ class _Body:
             # A pair's index stays 32-bit along the last axis, whose stride is 1 as a rule.
             pair = axes(index) & Axis.Q and axes(index) & Axis.KV and axis == len(load.at) - 1
             if not pair and not isinstance(index, Const) and not self.printer.bounds:
-                text = f"{_atom(text)}.to(tl.int64)"
+                text = f"{atom(text)}.to(tl.int64)"
             where += f" + {text} * {names.stride(tensor, axis)}"
         if len(where) > ROOT:
             where = self._name(None, where)
@@ -354,7 +377,7 @@ class _Body:
     def _as_float(self, arg: Expr) -> str:
         if isinstance(arg, Const):
             return repr(float(arg.value))
-        return f"{_atom(self._at(arg, P_ATOM))}.to(tl.float32)"
+        return f"{atom(self._at(arg, P_ATOM))}.to(tl.float32)"
 
     def _floordiv(self, expr: Apply) -> tuple[str, int]:
         x, y = expr.args
@@ -397,7 +420,7 @@ class _Body:
         (x,) = expr.args
         if kind(x) is Kind.INT:
             return self._print(x)
-        return f"{_atom(self._at(x, P_ATOM))}.to({self.printer.int_type})", P_ATOM
+        return f"{atom(self._at(x, P_ATOM))}.to({self.printer.int_type})", P_ATOM
 
     def _float(self, expr: Apply) -> tuple[str, int]:
         (x,) = expr.args
@@ -427,8 +450,8 @@ def _scattered(load: Load) -> bool:
     return any(axes(index) & pair == pair for index in load.at)
 
 
-def _atom(text: str) -> str:
-    """Text that a method call may follow."""
+def atom(text: str) -> str:
+    """Text that a method call or an operator may follow."""
     return text if text.isidentifier() or (text.endswith(")") and _closed(text)) else f"({text})"
 
 

@@ -50,9 +50,12 @@ def names_in(text: str) -> set[str]:
     return found
 
 
-def of_parameters(program: Program) -> set[str]:
-    names = Names(p.name for p in program.params)
+def of_parameters(plan: Plan) -> set[str]:
+    """Names of the program's own, and of what searches find, which never take one of those."""
+    program = plan.program
+    names = Names(p.name for p in plan.params)
     found = {names[p.name] for p in program.params}
+    found |= {names.pointer(search.tensor.name) for search in plan.searches}
     for tensor in program.tensors:
         found.add(names.pointer(tensor.name))
         for axis in range(len(tensor.dims)):
@@ -65,7 +68,7 @@ def test_names_of_a_file_are_its_own(program: Program) -> None:
     ranged = analyze(program)
     for plan in (ranged, replace(ranged, blocks=Blocks.LISTS)):
         for text in sources(plan):
-            for name in names_in(text) - of_parameters(program):
+            for name in names_in(text) - of_parameters(plan):
                 for param in {name, re.sub(r"_ptr$|_(stride|size)_\d+$", "", name)}:
                     names = Names([param])
                     taken = {names[param], names.pointer(param)}
