@@ -10,7 +10,8 @@ from attncc.ir import ops
 from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import Expr
 from attncc.ir.rewrite import Rewriter
-from attncc.passes.intervals import RULES, Bounder
+from attncc.passes.interval_rules import RULES
+from attncc.passes.intervals import Bounder
 from attncc.passes.simplify import RULES as SIMPLIFY
 from tests import strategies
 from tests.cases import bindings, environment
