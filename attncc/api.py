@@ -21,9 +21,9 @@ from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
 from attncc.passes import analyze
 from attncc.plans import (
-    CallCache,
     CallPlan,
     PlanCache,
+    Recent,
     call_key,
     lengths,
     mask_arguments,
@@ -258,8 +258,9 @@ class Attention:
         return bound
 
     @cached_property
-    def _calls(self) -> CallCache:
-        return CallCache()
+    def _calls(self) -> Recent:
+        """By all that binding looks at: a repeated call is neither checked nor planned again."""
+        return Recent()
 
     def _bind_lengths(self, params: Mapping[str, object]) -> Binding:
         params = dict(params)

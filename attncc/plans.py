@@ -59,12 +59,36 @@ class CallPlan(BoundPlan):
         return "\n".join((*report.lines(self.plan), "", *report.tiles(self)))
 
 
+class Recent:
+    """The bound plans that were asked for last, by what makes them serve again."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, BoundPlan] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, key: Hashable) -> BoundPlan | None:
+        if key is None or key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def keep(self, key: Hashable, bound: BoundPlan) -> None:
+        """None is the key of what cannot serve again."""
+        if key is None:
+            return
+        self._kept[key] = bound  # which keeps the tensors, so that their ids stay theirs
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+
+
 class PlanCache:
     """The bound plans of one program that were asked for last."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.kept: OrderedDict[Hashable, BoundPlan] = OrderedDict()
+        self.kept = Recent()
 
     def __call__(self, binding: Binding, tile: tuple[int, int]) -> CallPlan:
         """The plan of a call; its tiles are worked out once for equal lengths and mask arguments.
@@ -72,40 +96,15 @@ class PlanCache:
         Tensors are equal while they are one object at one version. Those without a version
         (inference mode) and those made by autograd (whose graph would be kept) are never kept.
         """
-        key = mask_key(self.plan, binding)
-        bound = self.kept.get((key, tile)) if key is not None else None
+        mask = mask_key(self.plan, binding)
+        key = None if mask is None else (mask, tile)
+        bound = self.kept.find(key)
         if bound is None:
             names = mask_arguments(self.plan)[1]
             tensors = {name: binding.tensors[name] for name in names}
             bound = BoundPlan(self.plan, replace(binding, tensors=tensors), tile)
-            if key is not None:
-                self._keep((key, tile), bound)
+            self.kept.keep(key, bound)
         return CallPlan(self.plan, binding, tile, bound)
-
-    def _keep(self, key: Hashable, bound: BoundPlan) -> None:
-        self.kept[key] = bound  # which keeps the tensors, so that their ids stay theirs
-        if len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
-
-
-class CallCache:
-    """The plans of the last calls, by everything that binding a call looks at.
-
-    A repeated call, a layer's or a step's, is then neither checked nor planned again.
-    """
-
-    def __init__(self) -> None:
-        self.kept: OrderedDict[Hashable, BoundPlan] = OrderedDict()
-
-    def find(self, key: Hashable) -> BoundPlan | None:
-        return None if key is None else self.kept.get(key)
-
-    def keep(self, key: Hashable, bound: BoundPlan) -> None:
-        if key is None:
-            return
-        self.kept[key] = bound  # which keeps the tensors, so that their ids stay theirs
-        if len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
 
 
 def call_key(inputs: tuple[object, ...], params: Mapping[str, object]) -> Hashable:

@@ -250,3 +250,11 @@ def test_source_needs_no_gpu(window):
     text = window.source("sm_90")
     assert "def forward(" in text and window.source("sm_90") == text
     assert "backward" in window.source("sm_80", dtype="fp32", backward=True)
+
+
+def test_the_plans_asked_for_last_are_kept() -> None:
+    docs = attncc.compile("attention a():\n    mask = q_idx >= kv_idx\n")
+    steady = docs.plan(q_len=64, kv_len=64).origin
+    for size in range(2 * KEPT):
+        docs.plan(q_len=65 + size, kv_len=64)
+        assert docs.plan(q_len=64, kv_len=64).origin is steady
