@@ -2,7 +2,10 @@
 
 ptxas 12.8, which Triton 3.6 and 3.7 come with, can run short of uniform registers and lose a copy
 between two of them; a descriptor of HGMMA is then a sum on top of whatever the register held. Such
-a kernel multiplies the wrong shared memory, or traps. ptxas 12.9 compiles the same PTX right.
+a kernel multiplies the wrong shared memory, or traps. What was seen: forward kernels that put k and
+v into one buffer in turn (num_stages=1, or rows that no asynchronous copy takes), with 64 or more
+keys a tile and value rows under 128 bytes that are shorter than k's. ptxas 12.9 and 13.1 compiled
+the same PTX right.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ ARGUMENT: Value = ("argument", 0)
 ADDRESS: Value = ("address", 0)
 """Fourteen bits, as the shared address in a descriptor has."""
 OTHER: Value = ("other", 0)
+UNKNOWN: Values = frozenset({OTHER})
 ZERO: Values = frozenset({("", 0)})
 MANY: Values = frozenset({("many", 0)})
 NAMED = {
@@ -54,10 +58,14 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is added to the shared addresses of descriptors: low words, and high words."""
+    """What is added to shared addresses to make descriptors: low words, and high words.
+
+    mixed: different high words to one address.
+    """
 
     low: frozenset[int]
     high: frozenset[int]
+    mixed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +110,8 @@ class Block:
 def suspects(sass: str, ptx: str) -> tuple[Suspect, ...]:
     """Matrix instructions with a descriptor that cannot be one of the PTX's; none is good news.
 
-    Follows uniform registers along all paths. What passes unseen: values out of other registers, or
-    one of more than a few; the wrong one of two shared addresses; and code with computed jumps.
+    Follows sums of registers along all paths. What passes unseen: values out of memory or of other
+    arithmetic, or one of more than a few; the wrong one of two addresses; computed jumps.
     """
     asked = descriptors(ptx)
     code = list(instructions(sass))
@@ -118,20 +126,33 @@ def suspects(sass: str, ptx: str) -> tuple[Suspect, ...]:
 # PTX
 
 
+def at_risk(ptx: str) -> bool:
+    """Some address is in descriptors of two layouts, as where v's rows are narrower than k's.
+
+    It takes milliseconds, and no other kernels lost copies: of 131 forward kernels at risk 43 did
+    (Triton 3.6, H100 as the target), of 333 others none.
+    """
+    return descriptors(ptx).mixed
+
+
 def descriptors(ptx: str) -> Asked:
     """The 64-bit constants in the descriptors of all wgmma.mma_async, in halves.
 
-    Nothing where one of them cannot be followed to a shared address of fourteen bits.
+    Nothing where one of them cannot be followed to its constant, which has a high word.
     """
-    made = {name: (op, rest) for op, name, rest in _PTX_MADE.findall(ptx)}
+    made = {name: (base, int(n, 0)) for name, base, n in _PTX_MADE.findall(ptx)}
     found = {_constant(name, made) for name in _PTX_USED.findall(_without_registers(ptx))}
-    if None in found:
-        return Asked(frozenset(), frozenset())
-    numbers = [n for n in found if n is not None]
-    return Asked(frozenset(n & WORD for n in numbers), frozenset(n >> 32 & WORD for n in numbers))
+    low = frozenset(n & WORD for _, n in found)
+    high = frozenset(n >> 32 & WORD for _, n in found)
+    if 0 in high:
+        return Asked(frozenset(), frozenset(), mixed=False)
+    layouts = {(base, n >> 32) for base, n in found}
+    return Asked(low, high, mixed=len(layouts) > len({base for base, _ in layouts}))
 
 
-_PTX_MADE = re.compile(r"^\s*([\w.]+)\s+(%rd\d+), (.*);", re.MULTILINE)
+_PTX_MADE = re.compile(
+    r"^\s*(?:or\.b64|add\.s64)\s+(%rd\d+), (%rd\d+), (-?[\da-fA-Fx]+);", re.MULTILINE
+)
 _PTX_USED = re.compile(r"(%rd\d+)")
 
 
@@ -141,16 +162,13 @@ def _without_registers(ptx: str) -> str:
     return "\n".join(re.sub(r"\{[^}]*\}", "", line) for line in lines)
 
 
-def _constant(name: str, made: Mapping[str, tuple[str, str]]) -> int | None:
-    """What all is added to an address to make this descriptor."""
+def _constant(name: str, made: Mapping[str, tuple[str, int]]) -> tuple[str, int]:
+    """The register of an address, and what all is added to it to make this descriptor."""
     total = 0
     while name in made:
-        op, rest = made[name]
-        first, _, last = rest.partition(", ")
-        if op not in ("or.b64", "add.s64", "or.disjoint.b64") or not _is_number(last):
-            return total
-        name, total = first, total + int(last, 0)
-    return None
+        name, number = made[name]
+        total += number
+    return name, total
 
 
 def _is_number(text: str) -> bool:
@@ -204,8 +222,7 @@ def settle(blocks: Mapping[int, Block]) -> dict[int, State]:
 
 
 def _merged(a: State, b: State) -> State:
-    unset = frozenset({UNSET})
-    return {r: _few(a.get(r, unset) | b.get(r, unset)) for r in a.keys() | b.keys()}
+    return {r: _few(_held(a, r) | _held(b, r)) for r in a.keys() | b.keys()}
 
 
 def _few(values: Iterable[Value]) -> Values:
@@ -217,42 +234,64 @@ def _few(values: Iterable[Value]) -> Values:
 
 
 def step(state: State, this: Instruction) -> None:
-    """Let a uniform register be set."""
-    if not this.operands or not re.fullmatch(r"UR\d+", this.operands[0]):
+    """Let registers be set: uniform ones, and others that descriptors may come out of."""
+    if not this.operands or not _REGISTER.fullmatch(this.operands[0]):
         return
     low = this.operands[0]
     written = {low: _result(state, this)}
-    if re.search(r"\.(64|WIDE)\b", this.op):
+    if this.name in ("UIADD3", "ULDC") and this.op.endswith(".64"):
         written[after(low)] = _upper(state, this)
+    elif written[low] == ZERO and this.op == "CS2R":
+        written[after(low)] = ZERO
+    elif written[low] == UNKNOWN:
+        written |= {after(low, n): UNKNOWN for n in range(1, _width(this))}
     for register, values in written.items():
         old = read(state, register) if this.guard else frozenset()
         state[register] = _few(values | old)
 
 
+_REGISTER = re.compile(r"U?R\d+")
+
+
+def _width(this: Instruction) -> int:
+    """Registers that an instruction may set, at most."""
+    if tile := re.match(r"[A-Z]GMMA\.64x(\d+)x", this.op):
+        return int(tile[1]) // 2
+    if this.name.startswith("LD") or this.name.endswith("MMA"):
+        return 4
+    return 2 if this.name == "CS2R" or re.search(r"\.(64|WIDE)\b", this.op) else 1
+
+
 def after(register: str, count: int = 1) -> str:
     """The register that many further on; after("URZ") is itself."""
-    return register if register == "URZ" else f"UR{int(register[2:]) + count}"
+    kind, number = register.rstrip("0123456789Z"), register.lstrip("UR")
+    return register if number == "Z" else f"{kind}{int(number) + count}"
 
 
 def read(state: State, operand: str) -> Values:
     """What an operand may be: a number, UR4, -UR4, or the high word ~UR5 of -UR4."""
     if _is_number(operand):
         return frozenset({("", int(operand, 0) & WORD)})
-    found = re.fullmatch(r"([-~]?)(UR\w+)", operand)
+    found = re.fullmatch(r"([-~]?)(U?R(?:\d+|Z))(?:\.reuse)?", operand)
     if not found:
-        return frozenset({OTHER})
+        return UNKNOWN
     sign, register = found.groups()
-    values = ZERO if register == "URZ" else state.get(register, frozenset({UNSET}))
     match sign:
         case "-":
-            return _each(_negated, [values])
-        case "~" if register == "URZ":
-            return frozenset({OTHER})
+            return _each(_negated, [_held(state, register)])
+        case "~" if register in ("RZ", "URZ"):
+            return UNKNOWN
         case "~":
-            borrows = read(state, after(register, -1)) != ZERO
-            return _each(lambda v: _sum(_negated(v), ("", -borrows)), [values])
+            borrows = _held(state, after(register, -1)) != ZERO
+            return _each(lambda v: _sum(_negated(v), ("", -borrows)), [_held(state, register)])
         case _:
-            return values
+            return _held(state, register)
+
+
+def _held(state: State, register: str) -> Values:
+    if register in ("RZ", "URZ"):
+        return ZERO
+    return state.get(register, frozenset({UNSET}) if register.startswith("U") else UNKNOWN)
 
 
 def _negated(value: Value) -> Value:
@@ -267,26 +306,30 @@ def _sources(this: Instruction) -> list[str]:
 def _result(state: State, this: Instruction) -> Values:
     sources = [read(state, o) for o in _sources(this)]
     match this.name:
-        case "UMOV":
+        case "UMOV" | "MOV" | "R2UR":
             return sources[0]
+        case "CS2R" if this.operands[1] == "SRZ":
+            return ZERO
         case "USEL":
             return sources[0] | sources[1]
-        case "UIADD3":
+        case "UIADD3" | "IADD3":
             return _each(_sum, sources)
+        case "IMAD" if sources[:2] == [ZERO, ZERO]:
+            return sources[2]
         case "ULDC":
             return frozenset({_constant_bank(this)})
-        case "USGXT" if sources[1] == frozenset({("", 14)}):
+        case "USGXT" | "SGXT" if sources[1] == frozenset({("", 14)}):
             return _each(lambda v: UNSET if v[0] == "unset" else ADDRESS, sources[:1])
-        case "ULOP3":
+        case "ULOP3" | "LOP3":
             return _each(_logic, sources)
         case _:
-            return frozenset({OTHER})
+            return UNKNOWN
 
 
 def _upper(state: State, this: Instruction) -> Values:
     """The high word of a result of 64 bits; no carry leaves the low word of a descriptor."""
-    if this.op != "UIADD3.64":
-        return frozenset({_constant_bank(this) if this.name == "ULDC" else OTHER})
+    if this.name == "ULDC":
+        return frozenset({_constant_bank(this)})
     names = [o for o in _sources(this) if "UR" in o]
     return _each(_sum, [read(state, _above(o)) for o in names])
 
@@ -310,11 +353,10 @@ def _each(apply: Callable[..., Value], sources: list[Values]) -> Values:
 def _sum(*values: Value) -> Value:
     """Number plus number, or something plus numbers."""
     total = sum(offset for _, offset in values) & WORD
-    origins = {origin for origin, _ in values if origin}
+    origins = [origin for origin, _ in values if origin]
     if "unset" in origins:
         return UNSET
-    several = len([origin for origin, _ in values if origin]) > 1
-    return OTHER if several else ("".join(origins), total)
+    return OTHER if len(origins) > 1 else ("".join(origins), total)
 
 
 def _logic(*values: Value) -> Value:

@@ -110,6 +110,28 @@ UIADD3.64 UR14, UR60, -UR32, URZ ;
     assert (sass.suspects(listed(PRODUCTS, copies, values), PTX) == ()) == right
 
 
+@pytest.mark.parametrize(("high", "right"), [("R1", True), ("R0", False)])
+def test_sums_in_other_registers_are_followed(high: str, right: bool) -> None:
+    """What ptxas keeps there when the uniform ones run out; R0 was the low word, too."""
+    copies = f"""
+IMAD.U32 R0, RZ, RZ, UR50 ;
+CS2R R2, SRZ ;
+MOV R1, R3 ;
+IADD3 R44, P0, R0, 0x20, RZ ;
+IADD3.X R0, {high}, -0x3ffffff0, RZ, P0, !PT ;
+R2UR UR14, R44 ;
+R2UR UR15, R0 ;
+"""
+    values = VALUES[VALUES.index("UMOV") :]
+    assert (sass.suspects(listed(PRODUCTS, copies, values), PTX) == ()) == right
+
+
+def test_two_layouts_at_one_address_are_a_risk() -> None:
+    assert sass.at_risk(PTX)
+    assert not sass.at_risk(PTX.replace("%rd2, -4", "%rd1, -4"))
+    assert not sass.at_risk("")
+
+
 def test_other_kernels_are_left_alone() -> None:
     assert sass.suspects("", "") == ()
     assert sass.suspects(listed(PRODUCTS, VALUES), "") == ()
@@ -128,7 +150,6 @@ def program(name: str) -> Program:
         ("causal", 128, "backward"),
         ("full", 128, "forward"),
         ("packed", 256, "forward"),
-        ("relative_bias", 128, "forward"),
         (SINK, 64, "forward"),
     ],
 )
@@ -138,4 +159,5 @@ def test_default_schedules_have_the_descriptors_they_ask_for(
     call = emit.Call("bf16", dim, dim, 2)
     for row in emit.compile_all(analyze(program(name)), call, aot.target("sm_90"), only):
         assert sass.suspects(row.compiled.disassembly(), row.compiled.assembly) == ()
+        assert not sass.at_risk(row.compiled.assembly)
         assert row.kernel == "delta" or sass.descriptors(row.compiled.assembly).high
