@@ -40,7 +40,7 @@ MOST_ROOM = 2**28
 """Bytes of lists beyond which a row is left out."""
 
 DOCUMENTS = """
-attention documents(doc: int[batch, kv_len] sorted):
+attention documents(doc: int[batch, kv_len]):
     mask = q_idx >= kv_idx and doc[b, q_idx] == doc[b, kv_idx]
 """
 

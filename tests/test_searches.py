@@ -5,12 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attncc.binding import Binding
+from attncc.binding import Binding, bind_lengths
+from attncc.frontend import parse
 from attncc.ir import ops
 from attncc.ir.expr import KV_IDX, Q_IDX, Axis, B, Const, H, Load, Scalar, TensorParam, apply
 from attncc.ir.ops import Kind
+from attncc.ir.plan import FAR, Blocks
 from attncc.ir.program import Program
 from attncc.passes import analyze
+from attncc.plans import PlanCache
 from attncc.searches import Found
 from attncc.tiles import BoundPlan
 from attncc.tiles.grid import TileGrid
@@ -135,3 +138,59 @@ def test_complete_ranges_of_single_rows_are_exact(mask, binding) -> None:
             ):
                 known = union(lo, hi, number, rows.shape[3])
                 assert known.expand(rows[:, :, number].shape).equal(rows[:, :, number])
+
+
+SAME = """
+attention same(doc: int[batch, kv_len] sorted, bias: float[heads]):
+    mask = doc[b, q_idx] == doc[b, kv_idx]
+    score = score + bias[h]
+"""
+
+
+def bound_of(text: str, q_len: int, kv_len: int, **arguments: object) -> BoundPlan:
+    plan = analyze(parse(text)[0])
+    sizes = {"q_len": q_len, "kv_len": kv_len, "heads": 2}
+    return PlanCache(plan)(bind_lengths(plan.program, **sizes, arguments=arguments), (4, 4))
+
+
+def test_what_is_found() -> None:
+    doc = torch.tensor([[1, 1, 1, 4, 4, 7]])
+    bound = bound_of(SAME, 5, 6, doc=doc, bias=torch.zeros(2))
+    assert bound.plan.blocks is Blocks.RANGES
+    found = {name: x.tolist() for name, x in bound.found.items()}
+    assert found == {
+        "first_key_0": [[-FAR, -FAR, -FAR, 3, 3]],  # whoever read before the start would see a 1
+        "past_key_0": [[3, 3, 3, 5, 5]],
+        "first_query_0": [[-FAR, -FAR, -FAR, 3, 3, 5]],
+        "past_query_0": [[3, 3, 3, 5, 5, FAR]],
+    }
+    assert all(x.dtype == torch.int32 for x in bound.found.values())
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
+def test_no_queries_or_no_keys(q_len: int, kv_len: int) -> None:
+    doc = torch.zeros((1, kv_len), dtype=torch.int64)
+    bound = bound_of(SAME, q_len, kv_len, doc=doc, bias=torch.zeros(2))
+    shapes = {name: tuple(x.shape) for name, x in bound.found.items()}
+    assert shapes["first_key_0"] == (1, q_len) and shapes["past_query_0"] == (1, kv_len)
+    assert bound.counts.total == 0
+
+
+def test_a_search_without_a_position_is_one_number() -> None:
+    text = "attention t(doc: int[kv_len] sorted, least: int):\n    mask = doc[kv_idx] >= least\n"
+    doc = torch.tensor([2, 3, 5, 5, 8])
+    for least, first in ((4, 2), (2, -FAR), (9, FAR)):
+        (at,) = bound_of(text, 3, 5, doc=doc, least=least).found.values()
+        assert at.shape == () and at.item() == first
+
+
+def test_calls_of_one_mask_and_all_tiles_share_what_is_found() -> None:
+    plan = analyze(parse(SAME)[0])
+    cache, doc = PlanCache(plan), torch.arange(40)[None] // 7
+    made = []
+    for bias in (torch.zeros(2), torch.ones(2)):
+        sizes = {"q_len": 40, "kv_len": 40, "heads": 2}
+        binding = bind_lengths(plan.program, **sizes, arguments={"doc": doc, "bias": bias})
+        bound = cache(binding, (128, 128))
+        made += [bound.found, bound.retiled((16, 16)).found]
+    assert all(one is made[0] for one in made)

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 import attncc
 from attncc.binding import Binding
+from attncc.bounds import check_bounds
+from attncc.errors import BoundsError
 from attncc.frontend import parse
 from attncc.inputs import Lengths, captured
+from attncc.ir.expr import Expr
 from attncc.ir.program import Program
-from tests import strategies
+from attncc.numeric import index_bits
+from attncc.passes import analyze
+from tests import strategies, test_searches
 from tests.cases import bindings
 from tests.interpreted.harness import by_kernels, check, inputs
 
@@ -61,6 +66,20 @@ def test_random_programs_equal_dense(
     check(program, binding, given, wide=True, **options)
 
 
+@settings(max_examples=max(12, settings.default.max_examples // 8))
+@given(test_searches.masks(), test_searches.bindings(), st.booleans())
+def test_searched_ranges_equal_dense(mask: Expr, binding: Binding, wide: bool) -> None:
+    program = Program("searched", test_searches.PARAMS, mask=mask)
+    plan = analyze(program)
+    try:
+        check_bounds(plan, binding)
+    except BoundsError:
+        reject()
+    check(
+        program, binding, inputs(binding, value_dim=16), wide=wide or index_bits(plan, binding) > 32
+    )
+
+
 PAIRS = """
 attention pairs(bias: float[heads, q_len, kv_len] grad, table: float[heads, span] grad):
     mask = q_idx >= kv_idx
@@ -79,8 +98,6 @@ def test_deterministic_gradients_of_pairs_are_right_and_repeat() -> None:
     binding = Binding(**sizes.sizes(), scalars=sizes.sizes(), tensors=tensors)
     given = inputs(binding, value_dim=16)
     check(program, binding, given, deterministic=True)
-    from attncc.passes import analyze
-
     plan = analyze(program)
     first, second = (by_kernels(plan, binding, given, deterministic=True) for _ in range(2))
     for name, value in first.values.items():

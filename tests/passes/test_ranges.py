@@ -8,9 +8,11 @@ from attncc.ir.show import show
 from attncc.passes import analyze
 
 PARAMS = (
-    "window: int, sinks: int, prefix: int, bs: int, doc: int[batch, kv_len], retr: bool[kv_heads]"
+    "window: int, sinks: int, prefix: int, bs: int, doc: int[batch, kv_len], retr: bool[kv_heads], "
+    "seq: int[batch, kv_len] sorted, end: int[n] sorted"
 )
 CAUSAL = "q_idx >= kv_idx"
+SAME = "seq[b, q_idx] == seq[b, kv_idx]"
 
 
 def plan_of(mask: str) -> Plan:
@@ -74,6 +76,28 @@ def text(segments: tuple[Segment, ...]) -> str:
             "[0, min(q_last // 256 * 256 + 1, kv_len))",
             "[0, min(q_lo // 256 * 256 + 1, kv_len))",
         ),
+        (
+            SAME,
+            "[max(0, first_key_0[b, q_lo]), min(past_key_0[b, q_last], kv_len))",
+            "[max(0, first_key_0[b, q_last]), min(past_key_0[b, q_lo], kv_len))",
+        ),
+        (
+            f"{SAME} and {CAUSAL}",  # past_key_0 lies past the query itself, so it says nothing
+            "[max(0, first_key_0[b, q_lo]), min(q_last + 1, kv_len))",
+            "[max(0, first_key_0[b, q_last]), min(q_lo + 1, kv_len))",
+        ),
+        (
+            f"{SAME} and kv_idx < (q_idx // 512 + 1) * 512",
+            "[max(0, first_key_0[b, q_lo]), "
+            "min(past_key_0[b, q_last], q_last // 512 * 512 + 512, kv_len))",
+            "[max(0, first_key_0[b, q_last]), "
+            "min(past_key_0[b, q_lo], q_lo // 512 * 512 + 512, kv_len))",
+        ),
+        (
+            "kv_idx < end[seq[b, q_idx]]",
+            "[0, min(end[seq[b, q_last]], kv_len))",
+            "[0, min(end[seq[b, q_lo]], kv_len))",
+        ),
     ],
 )
 def test_key_ranges(mask: str, visit: str, unmasked: str) -> None:
@@ -103,6 +127,16 @@ def test_key_ranges(mask: str, visit: str, unmasked: str) -> None:
             "[kv_lo // 512 * 512, q_len)",
             "[kv_last // 512 * 512, q_len)",
         ),
+        (
+            f"{SAME} and {CAUSAL}",
+            "[kv_lo, min(past_query_0[b, kv_last], q_len))",
+            "[kv_last, min(past_query_0[b, kv_lo], q_len))",
+        ),
+        (
+            "kv_idx < end[q_idx // 8]",
+            "[max(0, first_query_0[kv_lo] * 8), q_len)",
+            "[max(0, first_query_0[kv_last] * 8), q_len)",
+        ),
     ],
 )
 def test_query_ranges(mask: str, visit: str, unmasked: str) -> None:
@@ -116,6 +150,12 @@ def test_query_ranges(mask: str, visit: str, unmasked: str) -> None:
     ("mask", "blocks"),
     [
         ("doc[b, q_idx] == doc[b, kv_idx]", Blocks.LISTS),
+        (SAME, Blocks.RANGES),
+        (f"{SAME} and ({CAUSAL} or kv_idx < prefix)", Blocks.RANGES),
+        (f"seq[b, q_idx] // 4 >= seq[b, kv_idx] // 4 and {CAUSAL}", Blocks.RANGES),
+        ("seq[b, q_idx] == seq[b, kv_idx] % 4", Blocks.LISTS),
+        ("seq[b, q_idx] == doc[b, kv_idx]", Blocks.LISTS),
+        (f"seq[b, q_idx] != 0 and seq[b, kv_idx] == 0 or {SAME} and {CAUSAL}", Blocks.LISTS),
         (f"{CAUSAL} and (q_idx - kv_idx) % 4 == 0", Blocks.RANGES),
         (f"{CAUSAL} and (q_idx - kv_idx) % 65 == 0", Blocks.LISTS),
         (f"{CAUSAL} and (q_idx - kv_idx) % window == 0", Blocks.LISTS),
@@ -125,6 +165,19 @@ def test_query_ranges(mask: str, visit: str, unmasked: str) -> None:
 )
 def test_blocks(mask: str, blocks: Blocks) -> None:
     assert plan_of(mask).blocks is blocks
+
+
+def test_lists_are_made_without_searches() -> None:
+    plan = plan_of(f"{SAME} and doc[b, kv_idx] == 0")
+    assert plan.blocks is Blocks.LISTS and not plan.searches
+
+
+def test_no_search_takes_a_parameters_name() -> None:
+    params = "first_key_0: int[kv_len] sorted, past_key_0: int"
+    mask = "first_key_0[q_idx] == first_key_0[kv_idx] + past_key_0 and kv_idx > 3"
+    (program,) = parse(f"attention t({params}):\n    mask = {mask}\n")
+    names = {search.tensor.name for search in analyze(program).searches}
+    assert len(names) == 4 and names.isdisjoint(p.name for p in program.params)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ FORWARDS = (
     ("causal", "sm_90", 128),
     ("streaming", "sm_90", 128),
     ("packed", "sm_90", 128),
+    ("block_causal_documents", "sm_90", 128),
+    ("share_question", "sm_90", 128),
     ("softcap", "sm_90", 128),
     ("relative_bias", "sm_90", 64),
     ("relative_bias", "sm_90", 128),
