@@ -311,7 +311,7 @@ class _Body:
         for dim, index in zip(load.tensor.dims, load.at, strict=True):
             text = self._at(index, P_SUM)
             if where:
-                where = f"{where if where == 'b' else f'({where})'}.to(tl.int64) * {dim} + {text}"
+                where = f"{atom(where)}.to(tl.int64) * {dim} + {text}"
             else:
                 where = text
         pointer = self.printer.names.pointer(load.tensor.name)
