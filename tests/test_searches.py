@@ -35,52 +35,55 @@ def _of(op, *args):
     return st.builds(apply, st.just(op), *args)
 
 
-def indices(position):
-    """Where sorted tensors are read: in range or not, since reads are clamped here."""
+def indices(position, safe):
     plain = st.just(position)
+    inside = st.one_of(plain, plain, _of(ops.FLOORDIV, plain, st.sampled_from((2, 3)).map(Const)))
+    if safe:
+        return inside
+    return st.one_of(inside, _of(ops.ADD, plain, small), _of(ops.SUB, small, plain))
+
+
+def loads(position, safe):
+    inside = indices(position, True).map(lambda at: Load(DOC, (B, at)))
+    if safe:
+        return inside
     return st.one_of(
-        plain,
-        plain,
-        _of(ops.ADD, plain, small),
-        _of(ops.FLOORDIV, plain, st.sampled_from((2, 3)).map(Const)),
-        _of(ops.SUB, small, plain),
+        inside,
+        indices(position, safe).map(lambda at: Load(DOC, (B, at))),
+        indices(position, safe).map(lambda at: Load(END, (H, at))),
+        indices(position, safe).map(lambda at: Load(STEP, (at,))),
+        indices(position, safe).map(lambda at: Load(END, (H, Load(DOC, (B, at))))),
     )
 
 
-def loads(position):
-    return st.one_of(
-        indices(position).map(lambda at: Load(DOC, (B, at))),
-        indices(position).map(lambda at: Load(END, (H, at))),
-        indices(position).map(lambda at: Load(STEP, (at,))),
-        indices(position).map(lambda at: Load(END, (H, Load(DOC, (B, at))))),
-    )
-
-
-def sums(position):
-    read = loads(position)
+def sums(position, safe):
+    read = loads(position, safe)
     return st.one_of(
         read,
         read,
         _of(ops.ADD, read, small),
         _of(ops.MUL, read, st.sampled_from((2, -1, -3)).map(Const)),
-        _of(ops.FLOORDIV, read, st.sampled_from((Const(2), Scalar(WINDOW)))),
+        _of(ops.FLOORDIV, read, st.sampled_from((Const(2), Const(3) if safe else Scalar(WINDOW)))),
         _of(ops.MIN, read, small),
     )
 
 
-def others(position):
-    return st.one_of(sums(position), st.just(position), small, st.just(Scalar(WINDOW)))
+def others(position, safe):
+    return st.one_of(sums(position, safe), st.just(position), small, st.just(Scalar(WINDOW)))
 
 
-def comparisons():
+def comparisons(safe):
     pairs = st.sampled_from(((Q_IDX, KV_IDX), (KV_IDX, Q_IDX)))
     return st.tuples(pairs, st.sampled_from(ORDERS)).flatmap(
-        lambda drawn: _of(drawn[1], sums(drawn[0][0]), others(drawn[0][1]))
+        lambda drawn: _of(drawn[1], sums(drawn[0][0], safe), others(drawn[0][1], safe))
     )
 
 
-def masks():
-    conjuncts = st.one_of(comparisons(), comparisons(), st.just(apply(ops.GE, Q_IDX, KV_IDX)))
+def masks(safe=False):
+    """safe: no read leaves its tensor where q_len <= kv_len; else some do, and are clamped here."""
+    conjuncts = st.one_of(
+        comparisons(safe), comparisons(safe), st.just(apply(ops.GE, Q_IDX, KV_IDX))
+    )
     either = st.one_of(conjuncts, _of(ops.OR, conjuncts, conjuncts), _of(ops.NOT, conjuncts))
     return st.one_of(conjuncts, _of(ops.AND, either, either))
 
