@@ -19,7 +19,7 @@ def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     captured = [run.bound.binding.tensors[name] for name in names]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captured))
     if not wanted and not _transformed():
-        return launch.forward(run, q, k, v)
+        return launch.forward(run, q, k, v)[:2]
     apply: Any = _Attention.apply
     result: tuple[Tensor, Tensor] = apply(run, names, q, k, v, *captured)
     return result
@@ -32,7 +32,7 @@ def _transformed() -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """Recomputes weights from lse in the backward; forward-mode and double backward raise."""
+    """Recomputes weights from lse2 in the backward; forward-mode and double backward raise."""
 
     @staticmethod
     def forward(
@@ -44,9 +44,9 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         *captured: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = launch.forward(run, q, k, v)
+        out, lse, lse2 = launch.forward(run, q, k, v)
         ctx.run, ctx.names = run, names
-        ctx.save_for_backward(q, k, v, out, lse, *captured)
+        ctx.save_for_backward(q, k, v, out, lse2, *captured)
         ctx.set_materialize_grads(False)
         if not run.lowering.softmax:
             ctx.mark_non_differentiable(lse)
@@ -55,10 +55,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, *captured = ctx.saved_tensors
+        q, k, v, out, lse2, *captured = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = launch.backward(ctx.run, q, k, v, out, lse, dout.to(out.dtype), dlse)
+        grads = launch.backward(ctx.run, q, k, v, out, lse2, dout.to(out.dtype), dlse)
         mine = [
             grads.captured[name].to(data.dtype) if name in grads.captured else None
             for name, data in zip(ctx.names, captured, strict=True)

@@ -121,7 +121,7 @@ def _fold(file: File, mods: BackwardMods, side: str) -> Function:
     spec = file.spec
     state = ", ".join(_state(mods, side))
     mine, other = (("k", "v"), ("q", "dout")) if side == "kv" else (("q", "dout"), ("k", "v"))
-    rows = ["lse_ptr", "delta_ptr"] if side == "kv" else ["lse", "delta"]
+    rows = ["lse2_ptr", "delta_ptr"] if side == "kv" else ["lse", "delta"]
     where = ["q_tile", "kv_idx"] if side == "kv" else ["kv_tile", "q_idx", "q_lo"]
     args = [*_state(mods, side), *mine, *sides(spec, *other), *rows, "b", "h", "kv_head", *where]
     args += ["q_len", "kv_len", "scale", *mods.extra, *_pair_args(mods)]
@@ -180,14 +180,11 @@ def _q_tile(file: File, mods: BackwardMods) -> str:
 
 
 def _lse_lines(mods: BackwardMods) -> str:
-    """Lines that make `lse`, in log2 units and without the row term; inf where a row has none."""
+    """Lines that make `lse`, in log2 units and without the row term; inf where a row keeps none."""
     row = ""
     if mods.rows:
         row = f"lse -= {mods.row_term.call(*mods.row_term.leading)}\n"
-    return f"""\
-lse = tl.load(lse_ptr + rows, mask=rows < q_len, other=float("inf"))
-lse = tl.where(lse == float("-inf"), float("inf"), lse * {LOG2E})
-{row}"""
+    return f'lse = tl.load(lse2_ptr + rows, mask=rows < q_len, other=float("inf"))\n{row}'
 
 
 def _probability(spec: Spec, rows: str) -> str:
@@ -264,7 +261,7 @@ def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:
     spec, plan = file.spec, file.spec.lowering.plan
     sums = [name for name, _ in mods.sums("kv")]
     args = [*sides(spec, "q", "k", "v", "dout"), "dk_ptr", *strides("dk"), "dv_ptr"]
-    args += [*strides("dv"), "lse_ptr", "delta_ptr", *(f"{name}_ptr" for name in sums)]
+    args += [*strides("dv"), "lse2_ptr", "delta_ptr", *(f"{name}_ptr" for name in sums)]
     tiles = loop(file, "kv", "q", "BLOCK_M")
     args += [*mods.extra, *LAST, *tiles.extra]
     body = which_tile(plan.key_order, "kv").replace("batch * heads", "batch * (heads // GROUP)")
@@ -302,8 +299,8 @@ def _group(file: File, mods: BackwardMods, fold: Function, sums: list[str], tile
     rows = []
     if spec.lowering.softmax:
         body += "row = (b * heads + h).to(tl.int64) * q_len\n"
-        body += "lse_row_ptr = lse_ptr + row\ndelta_row_ptr = delta_ptr + row\n"
-        rows = ["lse", "delta"]
+        body += "lse2_row_ptr = lse2_ptr + row\ndelta_row_ptr = delta_ptr + row\n"
+        rows = ["lse2", "delta"]
     body += "".join(f"{name} = tl.zeros([BLOCK_N], tl.float32)\n" for name in sums)
     body += tiles.setup
     renamed = {f"{a}_ptr": names[a] for a in moved}
@@ -321,7 +318,7 @@ def _group(file: File, mods: BackwardMods, fold: Function, sums: list[str], tile
 def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
     spec, plan = file.spec, file.spec.lowering.plan
     sums = [name for name, _ in mods.sums("q")]
-    args = [*sides(spec, "q", "k", "v", "dout"), "dq_ptr", *strides("dq"), "lse_ptr", "delta_ptr"]
+    args = [*sides(spec, "q", "k", "v", "dout"), "dq_ptr", *strides("dq"), "lse2_ptr", "delta_ptr"]
     tiles = loop(file, "q", "kv", "BLOCK_N")
     args += [*(f"{name}_ptr" for name in sums), *_pair_args(mods)]
     args += [*mods.extra, *LAST, *tiles.extra]
@@ -339,7 +336,7 @@ def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
         body += "q_idx = rows\n"
         body += "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
     if spec.lowering.softmax:
-        body += "lse_ptr += bh.to(tl.int64) * q_len\ndelta_ptr += bh.to(tl.int64) * q_len\n"
+        body += "lse2_ptr += bh.to(tl.int64) * q_len\ndelta_ptr += bh.to(tl.int64) * q_len\n"
         body += _lse_lines(mods)
         body += "delta = tl.load(delta_ptr + rows, mask=rows < q_len, other=0.0)\n"
     body += "dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)\n"

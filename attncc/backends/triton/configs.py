@@ -68,6 +68,16 @@ def padded(dim: int) -> int:
     return max(16, 1 << max(dim - 1, 0).bit_length())
 
 
+def padded_value(dim: int, value_dim: int, itemsize: int) -> int:
+    """Columns of a tile of values: as many as the keys' tile has in a swizzle of shared memory.
+
+    ptxas 12.8 loses matrix descriptors where two tiles share memory in turn and are laid out
+    differently, as keys and narrower values are where nothing is pipelined (see sass.py).
+    """
+    least = min(64, padded(dim)) if itemsize == 2 else 16
+    return max(padded(value_dim), least)
+
+
 @dataclass(frozen=True, slots=True)
 class Traits:
     """What of a plan moves the best schedule."""

@@ -11,7 +11,7 @@ from attncc import cache
 from attncc.backends.triton import aot
 from attncc.backends.triton.backward import backward_source
 from attncc.backends.triton.classify import lists_source
-from attncc.backends.triton.configs import KERNELS, Config, Shape, default, padded
+from attncc.backends.triton.configs import KERNELS, Config, Shape, default, padded, padded_value
 from attncc.backends.triton.forward import forward_source
 from attncc.backends.triton.launch import traits
 from attncc.backends.triton.lists import CHUNK, LIST_WARPS, SUMMARY_WARPS, WIDTH
@@ -93,7 +93,7 @@ def compile_all(plan: Plan, call: Call, target: aot.Target, only: str = "") -> I
 
 def _compile(found: Spec, module: ModuleType, name: str, call: Call, target: aot.Target) -> Row:
     kernel = getattr(module, name)
-    dims = padded(call.head_dim), padded(call.value_dim)
+    dims = padded(call.head_dim), _value_columns(call)
     ampere = target.gpu.backend == "cuda" and not target.descriptors
     shape = Shape(*dims, DTYPES[call.dtype], target.shared_limit, ampere)
     config = FIXED[name] if name in FIXED else default(name, shape, traits(found.lowering.plan))
@@ -125,7 +125,7 @@ def _constants(call: Call, config: Config) -> dict[str, Any]:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": padded(call.head_dim),
-        "BLOCK_DV": padded(call.value_dim),
+        "BLOCK_DV": _value_columns(call),
         "HAS_DLSE": False,
         "FIXED_POINT": 0,
         "CHUNK": CHUNK,
@@ -142,7 +142,7 @@ def _signature(found: Spec, call: Call, config: Config) -> dict[str, str]:
     for side in ("q", "kv"):
         types |= {f"{side}_int_ptr": "*i64", f"{side}_float_ptr": "*fp32"}
         types |= {f"{side}_stride_{of}": "i32" for of in ("b", "h", "term")}
-    types |= {f"{name}_ptr": "*fp32" for name in ("lse", "dlse", "delta")}
+    types |= {f"{name}_ptr": "*fp32" for name in ("lse", "lse2", "dlse", "delta")}
     for name in _INPUTS:
         types[f"{name}_ptr"] = f"*{call.dtype}"
         types[f"{name}_desc"] = _descriptor(name, call, config)
@@ -155,8 +155,12 @@ def _signature(found: Spec, call: Call, config: Config) -> dict[str, str]:
 
 def _descriptor(name: str, call: Call, config: Config) -> str:
     rows = config.block_m if name in ("q", "dout") else config.block_n
-    columns = padded(call.value_dim if name in ("v", "dout") else call.head_dim)
+    columns = _value_columns(call) if name in ("v", "dout") else padded(call.head_dim)
     return f"tensordesc<{call.dtype}[1, 1, {rows}, {columns}]>"
+
+
+def _value_columns(call: Call) -> int:
+    return padded_value(call.head_dim, call.value_dim, DTYPES[call.dtype])
 
 
 def _parameters(found: Spec) -> dict[str, str]:

@@ -214,7 +214,7 @@ def _weight_lines(spec: Spec) -> str:
 def _kernel(file: File, mods: Mods, attend: Function) -> Function:
     spec = file.spec
     lowering, plan = spec.lowering, spec.lowering.plan
-    args = [*sides(spec, "q", "k", "v"), "out_ptr", *strides("out"), "lse_ptr"]
+    args = [*sides(spec, "q", "k", "v"), "out_ptr", *strides("out"), "lse_ptr", "lse2_ptr"]
     tiles = loop(file, "q", "kv", "BLOCK_N")
     args += [*mods.extra, *_sink_extra(file), *LAST, *tiles.extra]
     body = which_tile(plan.query_order, "q")
@@ -289,9 +289,13 @@ def _store(file: File, mods: Mods) -> str:
         text += "lse = m_i + tl.log2(l_i)\n"
         if mods.rows and spec.lowering.sink is None:
             text += f"lse += {mods.row_term.call(*mods.row_term.leading)}\n"
-        text += 'lse = tl.where(empty, float("-inf"), lse * 0.6931471805599453)\n'
-        text += "lse_ptr += bh.to(tl.int64) * q_len\n"
-        text += "tl.store(lse_ptr + rows, lse, mask=rows < q_len)\n"
+        text += """\
+lse_ptr += bh.to(tl.int64) * q_len
+lse2_ptr += bh.to(tl.int64) * q_len
+tl.store(lse2_ptr + rows, tl.where(empty, float("inf"), lse), mask=rows < q_len)
+lse = tl.where(empty, float("-inf"), lse * 0.6931471805599453)
+tl.store(lse_ptr + rows, lse, mask=rows < q_len)
+"""
     else:
         text = "# -- store\n"
     return (

@@ -98,7 +98,7 @@ def _positions(run: Run, token: Axis) -> Env:
     return Env(positions, binding.scalars, binding.tensors, device=device)
 
 
-def add_sink(run: Run, captured: dict[str, Tensor], lse: Tensor, delta: Tensor) -> None:
+def add_sink(run: Run, captured: dict[str, Tensor], lse2: Tensor, delta: Tensor) -> None:
     """Adds the gradient through the sink, a logit whose value is 0 for every row."""
     program, binding = run.bound.plan.program, run.bound.binding
     wanted = [t.name for t in program.tensors if t.grad and binding.tensors[t.name].numel()]
@@ -109,10 +109,10 @@ def add_sink(run: Run, captured: dict[str, Tensor], lse: Tensor, delta: Tensor) 
         env = Env(
             env.positions, binding.scalars, {**binding.tensors, **leaves}, device=binding.device
         )
-        sink = evaluate_unchecked(program.sink, env).expand(*lse.shape[:2], 1)
+        sink = evaluate_unchecked(program.sink, env).expand(*lse2.shape[:2], 1)
     if not sink.requires_grad:
         return
-    probability = torch.where(lse == -math.inf, 0.0, torch.exp(sink.detach() - lse))
+    probability = torch.exp2(sink.detach() / math.log(2) - lse2)
     dsink = -(probability * delta).sum(-1, keepdim=True)
     grads = torch.autograd.grad(sink, list(leaves.values()), dsink, allow_unused=True)
     for name, grad in zip(leaves, grads, strict=True):

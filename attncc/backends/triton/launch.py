@@ -291,19 +291,24 @@ def fitting(
             found = kernel.fitted[config, shape] = less
 
 
-def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Q, Dv] laid out as q is, and lse [B, Hq, Q] float32, unwritten if not softmax."""
+def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, Hq, Q, Dv] laid out as q is, lse [B, Hq, Q] float32, and lse2 for the backward.
+
+    lse2 is in log2 units, rounded once, and inf where a row keeps no key. If not softmax neither is
+    written.
+    """
     with _on(q.device):
         q, k, v = in_rows(run, q, k, v)
         out = like(q, v.shape[-1])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+        lse2 = torch.empty_like(lse)
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lse2": lse2}
 
         def first() -> Prepared | None:
             return _first_forward(run, tensors)
 
         again(run.ready, ("forward", *layout(q, k, v)), tensors, stream_of(q), first)
-    return out, lse
+    return out, lse, lse2
 
 
 def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
@@ -316,7 +321,7 @@ def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
         grid = tiled(run, values, "q", config, run.bound.binding.heads)
         inputs(values, spec, config, q=q, k=k, v=v)
         strided(values, "out", tensors["out"])
-        values["lse_ptr"] = tensors["lse"]
+        values |= {f"{name}_ptr": tensors[name] for name in ("lse", "lse2")}
         return start(kernel, (grid,), values, tensors, config)
 
     return fitting(run, kernel, run.config("forward", q, v), shape_of(q, v), attempt)
@@ -348,14 +353,14 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
 ) -> Gradients:
     """Gradients of out and lse with respect to q, k, v and captured tensors."""
     with _on(q.device):
         q, k, v, dout = in_rows(run, q, k, v, dout)
-        call = Backward(run, q, k, v, out, lse, dout, dlse)
+        call = Backward(run, q, k, v, out, lse2, dout, dlse)
         return call.gradients()
 
 
@@ -369,19 +374,19 @@ class Backward:
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        lse: Tensor,
+        lse2: Tensor,
         dout: Tensor,
         dlse: Tensor | None,
     ) -> None:
         self.run, self.has_dlse = run, dlse is not None
-        self.q, self.v, self.lse = q, v, lse
+        self.q, self.v, self.lse2 = q, v, lse2
         self.lowering = run.lowering
         self.dq, self.dk, self.dv = (torch.empty_like(x) for x in (q, k, v))
-        self.buffers = gradients.buffers(run, self.lowering, lse)
-        self.tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+        self.buffers = gradients.buffers(run, self.lowering, lse2)
+        self.tensors = {"q": q, "k": k, "v": v, "out": out, "lse2": lse2, "dout": dout}
         self.tensors |= {"dq": self.dq, "dk": self.dk, "dv": self.dv, **self.buffers}
-        self.tensors["delta"] = torch.empty_like(lse)
-        self.tensors["dlse"] = lse if dlse is None else dlse.float().contiguous()
+        self.tensors["delta"] = torch.empty_like(lse2)
+        self.tensors["dlse"] = lse2 if dlse is None else dlse.float().contiguous()
         self.layout = self.has_dlse, *layout(q, k, v, out, dout, self.dq, self.dk, self.dv)
 
     def gradients(self) -> Gradients:
@@ -401,7 +406,7 @@ class Backward:
             self._again("backward_q", stream, lambda: self._first("backward_q", 2))
         captured = gradients.collected(run, self.lowering, self.buffers)
         if self.lowering.sink is not None:
-            gradients.add_sink(run, captured, self.lse, self.tensors["delta"])
+            gradients.add_sink(run, captured, self.lse2, self.tensors["delta"])
         return Gradients(self.dq, self.dk, self.dv, captured)
 
     @cached_property
@@ -421,10 +426,10 @@ class Backward:
         for name in ("dq", "dk", "dv", "out"):
             strided(values, name, self.tensors[name])
         values |= gradients.arguments(self.run, self.lowering, self.buffers)
-        return values | {f"{name}_ptr": self.tensors[name] for name in ("lse", "delta", "dlse")}
+        return values | {f"{name}_ptr": self.tensors[name] for name in ("lse2", "delta", "dlse")}
 
     def _first_delta(self) -> Prepared | None:
-        batch, heads, q_len = self.lse.shape
+        batch, heads, q_len = self.lse2.shape
         values = self._values() | {"HAS_DLSE": self.has_dlse, "BLOCK_M": DELTA_ROWS}
         strided(values, "dout", self.tensors["dout"])
         grid = math.ceil(q_len / DELTA_ROWS), batch * heads

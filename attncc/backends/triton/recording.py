@@ -21,7 +21,7 @@ from attncc.numeric import index_bits
 from attncc.tiles import BoundPlan
 
 WRITTEN = {
-    "forward": ("out_ptr", "lse_ptr"),
+    "forward": ("out_ptr", "lse_ptr", "lse2_ptr"),
     "backward_kv": ("dk_ptr", "dv_ptr"),
     "backward_q": ("dq_ptr",),
 }
@@ -99,7 +99,8 @@ class Bench:
     def __init__(self, bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.bound = bound
         self.q, self.k, self.v = q.detach(), k.detach(), v.detach()
-        self.out, self.lse = launch.forward(Run(**self._settings), self.q, self.k, self.v)
+        run = Run(**self._settings)
+        self.out, _, self.lse2 = launch.forward(run, self.q, self.k, self.v)
         self.dout = torch.randn_like(self.out)
         self._shared: dict[str, dict[str, Any]] = {}
 
@@ -117,7 +118,7 @@ class Bench:
         if kernel == "forward":
             launch.forward(run, self.q, self.k, self.v)
         else:
-            launch.backward(run, self.q, self.k, self.v, self.out, self.lse, self.dout, None)
+            launch.backward(run, self.q, self.k, self.v, self.out, self.lse2, self.dout, None)
         found = {one.name: one for one in run.launches}
         if kernel not in found:
             return None

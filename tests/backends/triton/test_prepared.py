@@ -99,11 +99,11 @@ def test_a_second_forward_differs_from_the_first_in_addresses(
     run = run_of(ALIBI, slope=slope)
     one, two = tensors(1), tensors(2)
     launch.forward(run, *one)
-    out, lse = launch.forward(run, *two)
+    out, lse, lse2 = launch.forward(run, *two)
     first, second = (addressed(x) for x in compiled["forward"].started)
-    moved = {f"{name}_ptr" for name in ("q", "k", "v", "out", "lse")}
+    moved = {f"{name}_ptr" for name in ("q", "k", "v", "out", "lse", "lse2")}
     assert {name for name in first if first[name] != second[name]} <= moved
-    expected = dict(zip("qkv", two, strict=True)) | {"out": out, "lse": lse}
+    expected = dict(zip("qkv", two, strict=True)) | {"out": out, "lse": lse, "lse2": lse2}
     assert {name: second[f"{name}_ptr"] for name in expected} == {
         name: x.data_ptr() for name, x in expected.items()
     }
@@ -130,7 +130,7 @@ def test_a_second_backward_differs_from_the_first_in_addresses(
         assert {n: second[f"{n}_ptr"] for n in own} == {n: given[n].data_ptr() for n in own}
     last = addressed(compiled["backward_kv"].started[-1])
     assert (last["dk_ptr"], last["dv_ptr"]) == (found.k.data_ptr(), found.v.data_ptr())
-    assert last["lse_ptr"] == lse.data_ptr()
+    assert last["lse2_ptr"] == lse.data_ptr()
     assert addressed(compiled["backward_q"].started[-1])["dq_ptr"] == found.q.data_ptr()
 
 
