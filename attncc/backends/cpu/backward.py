@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from attncc.backends.cpu import workers
-from attncc.backends.cpu.block import Block, Problem
-from attncc.backends.cpu.forward import Buffers, raw_scores, sink_of, unnormalized
+from attncc.backends.cpu.block import Block, Buffers, Problem
+from attncc.backends.cpu.forward import raw_scores, sink_of, unnormalized
 from attncc.ir.derivative import ONE, ZERO, derivative
 from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import Expr, Load, Score, walk
@@ -125,7 +125,7 @@ class _Worker:
         self.sink_factors = _factors(plan.program.sink, grads)
 
     def add(self, block: Block) -> None:
-        raw = raw_scores(block, self.buffers("scores", block))
+        raw = raw_scores(block, self.buffers("scores", block.size))
         if self.problem.bound.plan.score == Score():
             weights = self._weights(block, raw)
         else:
@@ -150,7 +150,7 @@ class _Worker:
         flat = block.flat(weights)
         for run, columns in block.runs():
             _add_product(block.keys(self.grads.v, run), flat[..., columns], dout)
-        dweights = block.products(dout, self.problem.v, self.buffers("dweights", block))
+        dweights = block.products(dout, self.problem.v, self.buffers("dweights", block.size))
         match self.problem.bound.plan.program.normalize:
             case Normalize.SOFTMAX:
                 return dweights.sub_(block.queries(self.delta)[..., None]).mul_(weights)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from attncc.backends.cpu import workers
-from attncc.backends.cpu.schedule import Group, Interval, Run, Strip, union
+from attncc.backends.cpu import distance, workers
+from attncc.backends.cpu.schedule import Group, Interval, Run, Strip
 from attncc.backends.cpu.tables import Tables
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
 from attncc.ir.expr import Axis, Expr, Score, axes
@@ -29,22 +29,17 @@ is then a larger part.
 """
 
 
-CLEAR = 512
-"""Keys without a mask fewer than this are computed with their neighbours under one."""
+class Buffers:
+    """Scratch memory kept from block to block, since fresh pages cost more than arithmetic."""
 
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.kept: dict[str, Tensor] = {}
 
-class Piece(NamedTuple):
-    """Keys start..stop of a run, all with a mask or all without.
-
-    mask:  0 where a pair is kept and -inf where not, to broadcast against [rows, members, queries,
-           keys]; None where all are kept.
-    empty: the rows that keep no key of the piece, likewise; None where there are none.
-    """
-
-    start: int
-    stop: int
-    mask: Tensor | None = None
-    empty: Tensor | None = None
+    def __call__(self, name: str, size: int) -> Tensor:
+        if name not in self.kept or self.kept[name].numel() < size:
+            self.kept[name] = self.like.new_empty(size)
+        return self.kept[name][:size]
 
 
 Dropped = tuple[tuple[slice, Tensor], ...]
@@ -111,10 +106,17 @@ class Problem:
         }
         return Env(positions, binding.scalars, self.tensors, dtype=self.q.dtype)
 
+    def distances(self, expr: Expr) -> Tensor:
+        """`distance.values` of all heads."""
+        rows, group = self.q.shape[:2]
+        binding = self.bound.binding
+        env = self.env((0, rows), (0, group))
+        return distance.values(expr, env, binding.q_len, binding.kv_len)
+
     def blocks(self, rows: Interval | None = None, fused: bool = False) -> Iterator[Block]:
         """All blocks of a range of rows, by default of all; scores fit the budget if they can.
 
-        fused: for a kernel that keeps no scores.
+        fused: nothing of a block's size is kept, so that they need not fit.
         """
         first, last = (0, len(self.q)) if rows is None else rows
         for group in self.tables.groups:
@@ -170,15 +172,21 @@ class Block:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         rows, members = self.rows[1] - self.rows[0], self.members[1] - self.members[0]
-        return rows, members, self.strip.stop - self.strip.start, self.strip.width
+        return rows, members, self.height, self.strip.width
+
+    @property
+    def height(self) -> int:
+        """Queries of the strip."""
+        return self.strip.stop - self.strip.start
 
     @cached_property
-    def _heads_env(self) -> Env:
+    def heads_env(self) -> Env:
+        """b, h and kv_head."""
         return self.problem.env(self.rows, self.members)
 
     def env(self, keys: Tensor, score: Tensor | None = None) -> Env:
         """Positions of this block's queries and the keys given, [rows, members, queries, keys]."""
-        env = self._heads_env
+        env = self.heads_env
         queries = torch.arange(self.strip.start, self.strip.stop)[:, None]
         positions = {**env.positions, "q_idx": queries, "kv_idx": keys}
         return replace(env, positions=positions, score=score)
@@ -187,6 +195,12 @@ class Block:
     def kv_idx(self) -> Tensor:
         """The keys of all runs, [W]."""
         return torch.cat([torch.arange(run.start, run.stop) for run in self.strip.runs])
+
+    def distances(self, values: Tensor, queries: Interval, keys: Interval) -> Tensor:
+        """Of `Problem.distances`, what these heads read at some pairs, a view."""
+        own = values[slice(*self.rows)] if len(values) > 1 else values
+        own = own[:, slice(*self.members)] if own.shape[1] > 1 else own
+        return distance.segment(own, self.problem.bound.binding.q_len, queries, keys)
 
     def products(self, left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
         """left [rows, R, C] . right [N, KV, C] over all runs, as [rows, members, queries, W]."""
@@ -198,14 +212,9 @@ class Block:
     @cached_property
     def dropped(self) -> Dropped:
         """Columns that need the mask, and where it drops pairs."""
-        return self._shared("dropped", self._dropped)
+        return self.shared("dropped", self._dropped)
 
-    @cached_property
-    def pieces(self) -> tuple[Piece, ...]:
-        """All runs, cut into pieces with and without a mask."""
-        return self._shared("pieces", self._pieces)
-
-    def _shared(self, name: str, make: Callable[[], T]) -> T:
+    def shared(self, name: str, make: Callable[[], T]) -> T:
         """What other blocks of the same strip and heads have made; of any heads, if they may."""
         problem = self.problem
         varies = axes(problem.bound.plan.mask)
@@ -224,7 +233,7 @@ class Block:
         """The first row and the last."""
         return self.rows[0], self.rows[1] - 1
 
-    def _keep(self, start: int, stop: int) -> Tensor:
+    def keep(self, start: int, stop: int) -> Tensor:
         """The mask at some keys, [rows | 1, members | 1, queries | 1, keys | 1]."""
         mask = self.problem.bound.plan.mask
         keep = evaluate_unchecked(mask, self.env(torch.arange(start, stop)))
@@ -242,39 +251,8 @@ class Block:
             (slice(start - run.start + columns.start, stop - run.start + columns.start), dropped)
             for run, columns in self.runs()
             for start, stop in run.masked
-            for dropped in [~self._keep(start, stop)]
+            for dropped in [~self.keep(start, stop)]
         )
-
-    def _pieces(self) -> tuple[Piece, ...]:
-        found = []
-        for run in self.strip.runs:
-            at = run.start
-            for start, stop in union(run.masked, CLEAR):
-                # What is left of a run at either end is clear too, if it is worth a call.
-                start = start if start - at >= CLEAR else at
-                stop = stop if run.stop - stop >= CLEAR else run.stop
-                if at < start:
-                    found.append(Piece(at, start))
-                found.append(self._masked(run, start, stop))
-                at = stop
-            if at < run.stop:
-                found.append(Piece(at, run.stop))
-        return tuple(found)
-
-    def _masked(self, run: Run, start: int, stop: int) -> Piece:
-        """A piece with its mask, which is evaluated only where the schedule says it must be."""
-        zero = torch.zeros((), dtype=self.problem.q.dtype)
-        parts = [
-            (lo, hi, torch.where(self._keep(lo, hi), zero, -math.inf))
-            for lo, hi in run.masked
-            if start <= lo and hi <= stop
-        ]
-        heads = parts[0][2].shape[:2]
-        mask = zero.new_zeros(*heads, self.strip.stop - self.strip.start, stop - start)
-        for lo, hi, part in parts:
-            mask[..., lo - start : hi - start] = part
-        empty = mask.amax(-1) == -math.inf
-        return Piece(start, stop, mask, empty if bool(empty.any()) else None)
 
     def drop(self, x: Tensor, value: float) -> Tensor:
         """Writes a value over the pairs that the mask drops."""

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from attncc.backends.cpu import fused, workers
-from attncc.backends.cpu.block import Block, Problem
+from attncc.backends.cpu import workers
+from attncc.backends.cpu.block import Block, Buffers, Problem
+from attncc.backends.cpu.fused import Fused
 from attncc.ir.evaluate import evaluate_unchecked
 from attncc.ir.program import Normalize
 
@@ -18,8 +19,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q, v = problem.q, problem.v
     out = _cleared(problem, q.new_empty(*q.shape[:3], v.shape[-1]))
     lse = q.new_full(q.shape[:3], -math.inf)
-    fuse = fused.can(problem)
-    todo = sorted(problem.blocks(fused=fuse), key=lambda block: block.size)
+    fuse = Fused.of(problem)
+    todo = sorted(
+        problem.blocks(fused=fuse is not None and not fuse.biased), key=lambda block: block.size
+    )
 
     def work() -> None:
         buffers = Buffers(q)
@@ -47,12 +50,12 @@ def _cleared(problem: Problem, out: Tensor) -> Tensor:
     return out
 
 
-def _attend(block: Block, buffers: Buffers, fuse: bool, out: Tensor, lse: Tensor) -> None:
+def _attend(block: Block, buffers: Buffers, fuse: Fused | None, out: Tensor, lse: Tensor) -> None:
     """Fills a block's part of out and lse."""
-    if fuse:
-        mixed, sums = fused.attend(block)
+    if fuse is not None:
+        mixed, sums = fuse.attend(block, buffers)
     else:
-        scores = block.modified(raw_scores(block, buffers("scores", block)))
+        scores = block.modified(raw_scores(block, buffers("scores", block.size)))
         if not block.problem.softmax:
             block.queries(out).copy_(_mix(block, unnormalized(block, scores)))
             return
@@ -67,19 +70,6 @@ def _attend(block: Block, buffers: Buffers, fuse: bool, out: Tensor, lse: Tensor
         mixed.mul_(torch.exp(alone - sums).nan_to_num_(0)[..., None])
     block.queries(out).copy_(mixed)
     block.queries(lse).copy_(sums)
-
-
-class Buffers:
-    """Scratch memory kept from block to block, since fresh pages cost more than arithmetic."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.kept: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, block: Block) -> Tensor:
-        if name not in self.kept or self.kept[name].numel() < block.size:
-            self.kept[name] = self.like.new_empty(block.size)
-        return self.kept[name]
 
 
 def raw_scores(block: Block, buffer: Tensor) -> Tensor:
