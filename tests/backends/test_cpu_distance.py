@@ -192,7 +192,7 @@ def test_distances_are_used(name, masked, by_key):
 
 
 @pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("spans", product(((0, 30), (3, 60), (90, 8), (90, 60)), repeat=3), ids=str)
+@pytest.mark.parametrize("spans", list(product(((0, 30), (3, 60), (90, 8), (90, 60)), repeat=3)), ids=str)
 def test_a_band_holds_all_kept_keys(spans, step):
     """Spans of keys that 32 queries each keep, further on by 32 keys a part or less."""
     kept = torch.zeros(1, 1, BAND * len(spans), 192, dtype=torch.bool)

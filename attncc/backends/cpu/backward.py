@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attncc.backends.cpu import workers
 from attncc.backends.cpu.block import Block, Buffers, Problem
-from attncc.backends.cpu.forward import raw_scores, sink_of, unnormalized
+from attncc.backends.cpu.forward import sink_of, unnormalized
+from attncc.backends.cpu.scores import exp_, modified, raw_scores, reads_score
 from attncc.ir.derivative import ONE, ZERO, derivative
 from attncc.ir.evaluate import Env, evaluate_unchecked
 from attncc.ir.expr import Expr, Load, Score, walk
@@ -122,14 +123,13 @@ class _Worker:
         plan = problem.bound.plan
         self.slope = derivative(plan.score, Score())
         self.factors = _factors(plan.score, grads)
+        self.reads_raw = any(map(reads_score, (self.slope, *self.factors.values())))
         self.sink_factors = _factors(plan.program.sink, grads)
 
     def add(self, block: Block) -> None:
-        raw = raw_scores(block, self.buffers("scores", block.size))
-        if self.problem.bound.plan.score == Score():
-            weights = self._weights(block, raw)
-        else:
-            weights = self._weights(block, block.modified(raw))
+        raw = raw_scores(block, self.buffers)
+        scores = modified(block, raw, self.buffers, keep=self.reads_raw)
+        weights = self._weights(block, scores)
         dscore = self._dscore(block, weights)
         self._add_captured(block, dscore, raw)
         if self.sink_factors:
@@ -142,7 +142,7 @@ class _Worker:
             return unnormalized(block, scores)
         block.drop(scores, -math.inf)
         lse = block.queries(self.saved.lse)[..., None]
-        return scores.sub_(lse.masked_fill(lse == -math.inf, 0)).exp_()
+        return exp_(scores.sub_(lse.masked_fill(lse == -math.inf, 0)))
 
     def _dscore(self, block: Block, weights: Tensor) -> Tensor:
         """Gradient of the score, 0 at dropped pairs; adds v's on the way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from attncc.backends.cpu import distance, workers
 from attncc.backends.cpu.schedule import Group, Interval, Run, Strip
 from attncc.backends.cpu.tables import Tables
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
-from attncc.ir.expr import Axis, Expr, Score, axes
+from attncc.ir.expr import Axis, Expr, Load, axes, walk
 from attncc.ir.program import Normalize
 from attncc.tiles import BoundPlan
 
@@ -58,6 +58,7 @@ class Problem:
     q: Tensor
     k: Tensor
     v: Tensor
+    by_distance: dict[Expr, Tensor] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def of(
@@ -87,7 +88,15 @@ class Problem:
         scale = self.bound.plan.program.scale
         if scale is None:
             return float(self.q.shape[-1] ** -0.5)
-        return float(evaluate(scale, Env({}, self.bound.binding.scalars, dtype=torch.float64)))
+        number = self.number(scale)
+        assert number is not None, "a scale is of scalars"
+        return number
+
+    def number(self, expr: Expr) -> float | None:
+        """The value of what only scalars are part of, in double precision; None for others."""
+        if axes(expr) or any(isinstance(node, Load) for node in walk(expr)):
+            return None
+        return float(evaluate(expr, Env({}, self.bound.binding.scalars, dtype=torch.float64)))
 
     @property
     def softmax(self) -> bool:
@@ -107,11 +116,14 @@ class Problem:
         return Env(positions, binding.scalars, self.tensors, dtype=self.q.dtype)
 
     def distances(self, expr: Expr) -> Tensor:
-        """`distance.values` of all heads."""
-        rows, group = self.q.shape[:2]
-        binding = self.bound.binding
-        env = self.env((0, rows), (0, group))
-        return distance.values(expr, env, binding.q_len, binding.kv_len)
+        """`distance.values` of all heads, kept."""
+        if expr not in self.by_distance:
+            rows, group = self.q.shape[:2]
+            binding = self.bound.binding
+            env = self.env((0, rows), (0, group))
+            found = distance.values(expr, env, binding.q_len, binding.kv_len)
+            self.by_distance[expr] = found.to(self.q.dtype)
+        return self.by_distance[expr]
 
     def blocks(self, rows: Interval | None = None, fused: bool = False) -> Iterator[Block]:
         """All blocks of a range of rows, by default of all; scores fit the budget if they can.
@@ -259,14 +271,6 @@ class Block:
         for columns, dropped in self.dropped:
             x[..., columns].masked_fill_(dropped, value)
         return x
-
-    def modified(self, raw: Tensor) -> Tensor:
-        """The program's score of q . k * scale, writable; raw itself where they are the same."""
-        score = self.problem.bound.plan.score
-        if score == Score():
-            return raw
-        result = self.value(score, raw).contiguous()
-        return result.clone() if result.data_ptr() == raw.data_ptr() else result
 
     def value(self, expr: Expr, raw: Tensor) -> Tensor:
         """An expression at every pair of the block, expanded but not copied."""

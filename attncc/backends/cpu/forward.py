@@ -10,6 +10,7 @@ from torch import Tensor
 from attncc.backends.cpu import workers
 from attncc.backends.cpu.block import Block, Buffers, Problem
 from attncc.backends.cpu.fused import Fused
+from attncc.backends.cpu.scores import exp_, scores
 from attncc.ir.evaluate import evaluate_unchecked
 from attncc.ir.program import Normalize
 
@@ -55,12 +56,12 @@ def _attend(block: Block, buffers: Buffers, fuse: Fused | None, out: Tensor, lse
     if fuse is not None:
         mixed, sums = fuse.attend(block, buffers)
     else:
-        scores = block.modified(raw_scores(block, buffers("scores", block.size)))
+        values = scores(block, buffers)
         if not block.problem.softmax:
-            block.queries(out).copy_(_mix(block, unnormalized(block, scores)))
+            block.queries(out).copy_(_mix(block, unnormalized(block, values)))
             return
-        sums = _softmax(block.drop(scores, -math.inf))
-        mixed = _mix(block, scores)
+        total, sums = _exponentials(block.drop(values, -math.inf))
+        mixed = _mix(block, values).div_(total[..., None])
     sink = sink_of(block)
     if sink is not None:
         alone, sums = (
@@ -70,13 +71,6 @@ def _attend(block: Block, buffers: Buffers, fuse: Fused | None, out: Tensor, lse
         mixed.mul_(torch.exp(alone - sums).nan_to_num_(0)[..., None])
     block.queries(out).copy_(mixed)
     block.queries(lse).copy_(sums)
-
-
-def raw_scores(block: Block, buffer: Tensor) -> Tensor:
-    """q . k * scale."""
-    problem = block.problem
-    scaled = block.flat(block.queries(problem.q) * problem.scale)
-    return block.products(scaled, problem.k, buffer)
 
 
 def unnormalized(block: Block, scores: Tensor) -> Tensor:
@@ -95,15 +89,13 @@ def sink_of(block: Block) -> Tensor | None:
     return value[(None,) * (4 - value.dim())]
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Turns scores into weights in place, and returns each row's lse."""
+def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns scores into weights but for the rows' sums, which it returns with each row's lse."""
     top = scores.amax(-1)
-    empty = top == -math.inf
-    torch._softmax(scores, -1, False, out=scores)
-    if bool(empty.any()):
-        scores.masked_fill_(empty[..., None], 0)
-    # The largest weight is exp(top - lse).
-    return (top - scores.amax(-1).log()).masked_fill_(empty, -math.inf)
+    exp_(scores.sub_(top.masked_fill(top == -math.inf, 0)[..., None]))
+    total = scores.sum(-1)
+    lse = top + total.log()
+    return total.masked_fill_(total == 0, 1), lse  # 0: no key was kept
 
 
 def _mix(block: Block, weights: Tensor) -> Tensor:

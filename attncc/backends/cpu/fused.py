@@ -16,10 +16,11 @@ from torch import Tensor
 from attncc.backends.cpu import distance, workers
 from attncc.backends.cpu.block import Block, Buffers, Problem
 from attncc.backends.cpu.pieces import Piece, pieces
+from attncc.backends.cpu.scores import reads_score
 from attncc.ir import ops
 from attncc.ir.derivative import ZERO
 from attncc.ir.evaluate import Env, evaluate_unchecked
-from attncc.ir.expr import Apply, Expr, Score, apply, walk
+from attncc.ir.expr import Apply, Expr, Score, apply
 from attncc.ir.plan import Plan
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -59,7 +60,7 @@ class Fused:
         by_key = plan.row_terms_cancel and bool(distances.isfinite().all())
         masked = distance.by_distance(plan.mask)
         if masked:
-            distances = distances.where(problem.distances(plan.mask), -math.inf)
+            distances = distances.masked_fill(problem.distances(plan.mask) == 0, -math.inf)
         return Fused(rest, distances, masked, by_key)
 
     @property
@@ -146,11 +147,11 @@ def _rest(score: Expr) -> Expr | None:
     match score:
         case Score():
             return ZERO
-        case Apply(ops.ADD, (x, y)) if not _reads_score(y):
+        case Apply(ops.ADD, (x, y)) if not reads_score(y):
             return _plus(_rest(x), y)
-        case Apply(ops.ADD, (x, y)) if not _reads_score(x):
+        case Apply(ops.ADD, (x, y)) if not reads_score(x):
             return _plus(_rest(y), x)
-        case Apply(ops.SUB, (x, y)) if not _reads_score(y):
+        case Apply(ops.SUB, (x, y)) if not reads_score(y):
             return _plus(_rest(x), apply(ops.NEG, y))
         case _:
             return None
@@ -160,10 +161,6 @@ def _plus(rest: Expr | None, more: Expr) -> Expr | None:
     if rest is None:
         return None
     return apply(ops.FLOAT, more) if rest == ZERO else apply(ops.ADD, rest, more)
-
-
-def _reads_score(expr: Expr) -> bool:
-    return any(isinstance(node, Score) for node in walk(expr))
 
 
 def _env(block: Block, piece: Piece) -> Env:
