@@ -1,5 +1,6 @@
 """What depends on the distance alone, and strips cut along it, equal what pairs give."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attncc.backends import cpu, dense
 from attncc.backends.cpu import distance
 from attncc.backends.cpu import pieces as pieces_of
 from attncc.backends.cpu.block import Block, Problem
@@ -192,7 +194,9 @@ def test_distances_are_used(name, masked, by_key):
 
 
 @pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("spans", list(product(((0, 30), (3, 60), (90, 8), (90, 60)), repeat=3)), ids=str)
+@pytest.mark.parametrize(
+    "spans", list(product(((0, 30), (3, 60), (90, 8), (90, 60)), repeat=3)), ids=str
+)
 def test_a_band_holds_all_kept_keys(spans, step):
     """Spans of keys that 32 queries each keep, further on by 32 keys a part or less."""
     kept = torch.zeros(1, 1, BAND * len(spans), 192, dtype=torch.bool)
@@ -208,3 +212,15 @@ def test_a_band_holds_all_kept_keys(spans, step):
         rows = kept[..., part * BAND : (part + 1) * BAND, :].clone()
         rows[..., band[0] + part * BAND : band[1] + part * BAND] = False
         assert not rows.any()
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "linear bias", "bias by distance"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_key_that_is_not_finite_reaches_those_that_keep_it_alone(name, bad):
+    plan = bound(name)
+    q, k, v = (x.detach() for x in inputs(plan.binding, 4))
+    k[:, :, 100] = bad
+    found = cpu.attention(plan, q, k, v)[0]
+    expected = dense.attention(PROGRAMS[name], plan.binding, q, k, v)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7, equal_nan=True)
+    assert not found[:, :, 100:110].isfinite().all() and found[:, :, :100].isfinite().all()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attncc.backends.cpu import distance, workers
-from attncc.backends.cpu.schedule import Group, Interval, Run, Strip
+from attncc.backends.cpu.schedule import Interval, Run, Strip
 from attncc.backends.cpu.tables import Tables
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
 from attncc.ir.expr import Axis, Expr, Load, axes, walk
@@ -135,16 +135,9 @@ class Problem:
             own = max(first, group.rows[0]), min(last, group.rows[1])
             for strip in group.strips:
                 if strip.runs and own[0] < own[1]:
-                    yield from self._blocks(group, strip, own, fused)
-
-    def _blocks(self, group: Group, strip: Strip, rows: Interval, fused: bool) -> Iterator[Block]:
-        members = group.members[1] - group.members[0]
-        queries = members * (strip.stop - strip.start)
-        fit = BUDGET // (queries * strip.width * self.q.element_size())
-        fair = math.ceil((rows[1] - rows[0]) / workers.threads())
-        step = max(1, fair if fused else min(fit, fair))
-        for start in range(*rows, step):
-            yield Block(self, strip, (start, min(start + step, rows[1])), group.members)
+                    whole = Block(self, strip, own, group.members)
+                    for block in whole.cut(math.ceil((own[1] - own[0]) / workers.threads())):
+                        yield from (block,) if fused else block.fitting()
 
 
 @dataclass(frozen=True)
@@ -155,6 +148,16 @@ class Block:
     strip: Strip
     rows: Interval
     members: Interval
+
+    def cut(self, rows: int) -> Iterator[Block]:
+        """Blocks of at most so many rows."""
+        for start in range(*self.rows, rows):
+            yield replace(self, rows=(start, min(start + rows, self.rows[1])))
+
+    def fitting(self) -> Iterator[Block]:
+        """Blocks whose scores fit the budget, of one row at least."""
+        row = self.size // (self.rows[1] - self.rows[0]) * self.problem.q.element_size()
+        return self.cut(max(1, BUDGET // row))
 
     def queries(self, x: Tensor) -> Tensor:
         """This block's part of a [N, G, Q, ...] tensor, a view."""

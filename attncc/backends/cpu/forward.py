@@ -53,15 +53,21 @@ def _cleared(problem: Problem, out: Tensor) -> Tensor:
 
 def _attend(block: Block, buffers: Buffers, fuse: Fused | None, out: Tensor, lse: Tensor) -> None:
     """Fills a block's part of out and lse."""
-    if fuse is not None:
-        mixed, sums = fuse.attend(block, buffers)
-    else:
-        values = scores(block, buffers)
-        if not block.problem.softmax:
-            block.queries(out).copy_(_mix(block, unnormalized(block, values)))
-            return
-        total, sums = _exponentials(block.drop(values, -math.inf))
-        mixed = _mix(block, values).div_(total[..., None])
+    found = None if fuse is None else fuse.attend(block, buffers)
+    if found is not None:
+        _fill(block, *found, out, lse)
+        return
+    for part in block.fitting():
+        values = scores(part, buffers)
+        if part.problem.softmax:
+            total, sums = _exponentials(part.drop(values, -math.inf))
+            _fill(part, _mix(part, values).div_(total[..., None]), sums, out, lse)
+        else:
+            part.queries(out).copy_(_mix(part, unnormalized(part, values)))
+
+
+def _fill(block: Block, mixed: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Puts a block's softmax into its place, once the sink has had its share."""
     sink = sink_of(block)
     if sink is not None:
         alone, sums = (

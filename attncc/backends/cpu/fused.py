@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from attncc.backends.cpu import distance, workers
+from attncc.backends.cpu import distance
 from attncc.backends.cpu.block import Block, Buffers, Problem
 from attncc.backends.cpu.pieces import Piece, pieces
 from attncc.backends.cpu.scores import reads_score
@@ -44,13 +44,11 @@ class Fused:
 
     @staticmethod
     def of(problem: Problem) -> Fused | None:
-        """None where the kernel cannot: it wants equal head dims and finite inputs."""
+        """None where the kernel cannot: it wants a sum, a softmax and equal head dims."""
         plan = problem.bound.plan
         rest = added(plan)
         same = problem.q.shape[-1] == problem.v.shape[-1]
         if rest is None or not problem.softmax or not same:
-            return None
-        if not _finite((problem.q, problem.k, problem.v)):
             return None
         if rest == ZERO:
             return Fused(rest)
@@ -68,14 +66,18 @@ class Fused:
         """Whether anything is added, as one number a pair."""
         return self.rest != ZERO
 
-    def attend(self, block: Block, buffers: Buffers) -> tuple[Tensor, Tensor]:
-        """out [rows, members, queries, Dv] and lse [rows, members, queries], but for a sink."""
+    def attend(self, block: Block, buffers: Buffers) -> tuple[Tensor, Tensor] | None:
+        """out [rows, members, queries, Dv] and lse [rows, members, queries], but for a sink.
+
+        None where out is not finite: what the kernel adds to a score, -inf too, leaves it nan if
+        it was, so a key that is not finite reaches rows that drop it.
+        """
         merged: tuple[Tensor, Tensor] | None = None
         for piece in pieces(block):
             part = self._attend(block, piece, buffers)
             merged = part if merged is None else _merge(*merged, *part)
         assert merged is not None, "blocks have runs"
-        return merged
+        return merged if bool(merged[0].sum().isfinite()) else None
 
     def _attend(self, block: Block, piece: Piece, buffers: Buffers) -> tuple[Tensor, Tensor]:
         if self.by_key and piece.mask is None:
@@ -119,22 +121,6 @@ class Fused:
         if self.masked or piece.mask is None:
             return bias, dropped
         return torch.where(piece.mask == 0, bias, piece.mask), True
-
-
-def _finite(tensors: tuple[Tensor, ...]) -> bool:
-    """No for sums that overflow too, which costs time alone."""
-    found: list[bool] = []
-
-    def look(x: Tensor) -> None:
-        found.append(bool(x.sum().isfinite()))
-
-    tasks = [partial(look, x) for x in tensors]
-    if sum(x.numel() for x in tensors) < workers.SMALL:
-        for task in tasks:
-            task()
-    else:
-        workers.run(tasks)
-    return all(found)
 
 
 @lru_cache(maxsize=256)
