@@ -11,6 +11,7 @@ from attncc.backends.triton.forward import (
     POSITIONS,
     Mods,
     at_head,
+    merged,
     score_lines,
     sides,
     strides,
@@ -56,6 +57,10 @@ class BackwardMods(Mods):
         super().__init__(file)
         lowering = file.spec.lowering
         leading = ("score", "scale", *POSITIONS)
+        if lowering.key_mask is not None and lowering.key_mask != lowering.mask:
+            doc = "Which pairs are kept, by what is read of a key."
+            self.key_mask = file.function("key_mask_mod", doc, [lowering.key_mask], POSITIONS)
+            self.extra = merged(self.key_mask, self.mask, self.score)
         self.slope: Function | None = None
         if lowering.slope is not None:
             doc = "d(score) / d(q . k * scale), of the raw q . k."
@@ -144,7 +149,7 @@ def _pair_args(mods: BackwardMods) -> list[str]:
 def _kv_tile(file: File, mods: BackwardMods) -> str:
     spec = file.spec
     start = "q_lo = q_tile * BLOCK_M\nrows = q_lo + tl.arange(0, BLOCK_M)\n"
-    body = "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len"))
+    body = "".join(f"{line}\n" for line in positions(file, Axis.Q, "q_idx", "q_len", keys=True))
     body += tile_load(spec, "q", "q_lo", "BLOCK_M", "BLOCK_D", head="h", length="q_len")
     body += 'qk = tl.dot(k, q.T, input_precision="ieee")\n'
     body += score_lines(file, mods, "qk", transposed=True)
@@ -276,7 +281,7 @@ def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:
     body += tile_load(spec, "k", "kv_lo", "BLOCK_N", "BLOCK_D", head="kv_head", length="kv_len")
     body += tile_load(spec, "v", "kv_lo", "BLOCK_N", "BLOCK_DV", head="kv_head", length="kv_len")
     body += "columns = kv_lo + tl.arange(0, BLOCK_N)\nkv_idx = columns\n"
-    body += "".join(f"{line}\n" for line in positions(file, Axis.KV, "kv_idx", "kv_len"))
+    body += "".join(f"{line}\n" for line in positions(file, Axis.KV, "kv_idx", "kv_len", keys=True))
     body += "dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)\n"
     body += "dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)\n"
     body += "\n# -- every query head that reads this key head\nfor g in tl.range(0, GROUP):\n"

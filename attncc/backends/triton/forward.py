@@ -44,6 +44,7 @@ class Mods:
         if lowering.mask is not None:
             doc = "Which pairs are kept."
             self.mask = file.function("mask_mod", doc, [lowering.mask], POSITIONS)
+        self.key_mask = self.mask
         self.score: Function | None = None
         if not lowering.plain:
             doc = "The score in log2 units, of the raw q . k."
@@ -54,7 +55,7 @@ class Mods:
         self.rows = lowering.plan.row_terms_cancel and self.score is not None
         if self.rows:
             self._row_term(file)
-        self.extra = _merged(self.mask, self.score)
+        self.extra = merged(self.mask, self.score)
 
     def _row_term(self, file: File) -> None:
         assert self.score is not None
@@ -76,7 +77,7 @@ class Mods:
         return "q_lo" if self.rows else expanded
 
 
-def _merged(*functions: Function | None) -> tuple[str, ...]:
+def merged(*functions: Function | None) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for function in functions:
         if function is not None:
@@ -156,10 +157,11 @@ def score_lines(file: File, mods: Mods, dot: str, *, transposed: bool = False) -
     q, kv = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
     lines = [f"score = {dot}"]
     inside = f"(kv_idx < kv_len){kv}"
-    clamp = positions(file, Axis.KV, "kv_idx", "kv_len")
+    clamp = positions(file, Axis.KV, "kv_idx", "kv_len", keys=transposed)
     keep = inside
-    if mods.mask is not None:
-        keep = mods.mask.call("b", "h", f"q_idx{q}", f"kv_idx{kv}")
+    mask = mods.key_mask if transposed else mods.mask
+    if mask is not None:
+        keep = mask.call("b", "h", f"q_idx{q}", f"kv_idx{kv}")
     scored = []
     if mods.score is not None:
         pair = (mods.row_index(f"q_idx{q}"), f"kv_idx{kv}")
@@ -168,7 +170,7 @@ def score_lines(file: File, mods: Mods, dot: str, *, transposed: bool = False) -
             scored.insert(0, "whole = tl.zeros_like(score)")
             scored.append("score = whole + score")
     masked = [f"keep = {keep}"]
-    if mods.mask is not None:
+    if mask is not None:
         masked = ["inside = kv_idx < kv_len", *clamp, *masked, f"keep = keep & inside{kv}"]
     elif clamp:
         masked += clamp

@@ -106,8 +106,7 @@ def traits(plan: Plan) -> Traits:
     masked = plan.mask != TRUE
     short = masked and (plan.blocks is Blocks.LISTS or plan.query_order is Order.NATURAL)
     plain = not masked and plan.score == Score()
-    # Rows by searches are as short and as ragged as those by lists, documents in the first place.
-    return Traits(plain, short, listed=plan.blocks is Blocks.LISTS or bool(plan.searches))
+    return Traits(plain, short, listed=plan.blocks is Blocks.LISTS)
 
 
 def shape_of(q: Tensor, v: Tensor) -> Shape:

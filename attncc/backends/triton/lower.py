@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from attncc.ir import ops
 from attncc.ir.derivative import derivative
 from attncc.ir.expr import (
+    KV_IDX,
+    KV_LAST,
+    KV_LO,
+    Q_IDX,
+    Q_LAST,
+    Q_LO,
+    TRUE,
+    Apply,
     Axis,
     Const,
     Expr,
@@ -18,11 +27,16 @@ from attncc.ir.expr import (
     Score,
     TensorParam,
     axes,
+    children,
+    disjunction,
+    rebuild,
     walk,
 )
-from attncc.ir.plan import Plan
+from attncc.ir.plan import Blocks, Plan, Ranges
 from attncc.ir.program import Normalize
+from attncc.ir.rewrite import Rewriter, postorder
 from attncc.passes.fold_scale import ONE, SCALE, in_log2_units, in_raw_units
+from attncc.passes.simplify import RULES
 
 
 class Reduction(Enum):
@@ -51,7 +65,9 @@ class Lowering:
 
     plan: Plan
     mask: Expr | None
-    """None where every pair is kept."""
+    """None where every pair is kept. For kernels of query tiles: may read more of a query."""
+    key_mask: Expr | None
+    """The same for kernels of key tiles: may read more of a key."""
     score: Expr
     """Softmax: the score in log2 units; otherwise the score itself."""
     slope: Expr | None
@@ -80,12 +96,66 @@ def lower(plan: Plan) -> Lowering:
     slope = in_raw_units(derivative(plan.score, Score()))
     return Lowering(
         plan=plan,
-        mask=None if plan.mask == Const(True) else plan.mask,
+        mask=_mask(plan, plan.key_ranges, KV_IDX, {Q_LO: Q_IDX, Q_LAST: Q_IDX}),
+        key_mask=_mask(plan, plan.query_ranges, Q_IDX, {KV_LO: KV_IDX, KV_LAST: KV_IDX}),
         score=in_log2_units(plan.score) if softmax else in_raw_units(plan.score),
         slope=None if slope == ONE else slope,
         gradients=tuple(_gradients(plan.score)),
         sink=program.sink,
     )
+
+
+def _mask(
+    plan: Plan, ranges: Ranges | None, position: Index, ends: Mapping[Expr, Index]
+) -> Expr | None:
+    """The mask, or the ranges of a row alone where they are searched for.
+
+    Complete ranges of one row hold what it keeps, no more. Their ends are read once a row, and what
+    the mask reads of the other side once a tile, in which a kernel would wait for it.
+    """
+    if plan.mask == TRUE:
+        return None
+    if plan.blocks is not Blocks.RANGES or not plan.searches or ranges is None:
+        return plan.mask
+    found = {search.tensor for search in plan.searches}
+    if any(_scaled(end, found) for s in ranges.visit for end in (s.lo, s.hi)):
+        return plan.mask  # what is FAR leaves 32 bits
+    simplify = Rewriter(RULES)
+    parts = []
+    for segment in ranges.visit:
+        lo, hi = (simplify(_replaced(end, ends)) for end in (segment.lo, segment.hi))
+        above = simplify.make(ops.GE, position, lo)
+        parts.append(simplify.make(ops.AND, above, simplify.make(ops.LT, position, hi)))
+    return disjunction(tuple(parts))
+
+
+def _scaled(expr: Expr, found: set[TensorParam]) -> bool:
+    """Whether what is found is more than added to, compared and chosen from."""
+
+    def reads(node: Expr) -> bool:
+        return any(isinstance(inner, Load) and inner.tensor in found for inner in walk(node))
+
+    for node in walk(expr):
+        match node:
+            case Apply(ops.ADD | ops.SUB, (x, y)):
+                if reads(x) and reads(y):
+                    return True
+            case Apply(ops.MIN | ops.MAX | ops.WHERE, _):
+                pass
+            case Apply():
+                if reads(node):
+                    return True
+            case _:
+                pass
+    return False
+
+
+def _replaced(expr: Expr, by: Mapping[Expr, Index]) -> Expr:
+    done: dict[int, Expr] = {}
+    for node in postorder(expr):
+        parts = tuple(done[id(child)] for child in children(node))
+        done[id(node)] = by.get(node) or rebuild(node, parts)
+    return done[id(expr)]
 
 
 def _gradients(score: Expr) -> Iterable[Gradient]:

@@ -142,7 +142,7 @@ class File:
         args += [self.names[p.name] for p in found.scalars]
         for tensor in found.tensors:
             args += self._tensor(tensor, exprs)
-        return tuple(args)
+        return tuple(dict.fromkeys(args))  # searches may name a length twice
 
     def _tensor(self, tensor: TensorParam, exprs: Sequence[Expr | None]) -> list[str]:
         name, ranks = tensor.name, range(len(tensor.dims))
@@ -213,10 +213,17 @@ def _range_lines(ranges: Ranges) -> list[str]:
     return lines
 
 
-def positions(file: File, which: Axis, index: str, length: str) -> list[str]:
-    """Lines that keep positions readable where a captured tensor is read at them."""
+def positions(file: File, which: Axis, index: str, length: str, *, keys: bool = False) -> list[str]:
+    """Lines that keep positions readable where a captured tensor is read at them.
+
+    keys: in a kernel of key tiles.
+    """
     lowering = file.spec.lowering
-    exprs = (lowering.mask, lowering.score, *(g.load for g in lowering.gradients))
+    exprs = (
+        lowering.key_mask if keys else lowering.mask,
+        lowering.score,
+        *(g.load for g in lowering.gradients),
+    )
     if uses(exprs, file.spec.params).axes & which:
         return [f"{index} = tl.minimum({index}, {length} - 1)"]
     return []

@@ -172,7 +172,7 @@ _OWN = re.compile(
     r"|.*(stride|size|tile|capacity|index|order|attend|grad).*|[A-Z_]+|"
     + "|".join(HELPERS)
     + r"|row|chunk|inside|more|turn|(q|kv)_(low|high)_\d+|.*_entries"
-    r"|at|columns|dlse|forward|g|gather|in_order|own|rows|start|summarize|top|total|whole|m_new"
+    r"|at|columns|dlse|forward|g|gather|in_order|own|rows|start|summarize|top|total|whole|m_new|lse2"
     r"|.*_(head|keys|kv|list|lists|pairs|q|queries|row|slope|ds|at_\d+|(lo|hi)_\d+)"
     r"|(q|kv)_(int|float|terms|values|ends)"
 )
