@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attncc.backends.triton import gradients, kernels
 from attncc.backends.triton.arguments import Values, captured
-from attncc.backends.triton.configs import Config, Shape, Traits, padded, smaller
+from attncc.backends.triton.configs import Config, Shape, Traits, padded, padded_value, smaller
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lists import key_lists, query_lists
 from attncc.backends.triton.lower import Lowering, lower
@@ -109,9 +109,15 @@ def traits(plan: Plan) -> Traits:
     return Traits(plain, short, listed=plan.blocks is Blocks.LISTS)
 
 
+def tile_columns(q: Tensor, v: Tensor) -> tuple[int, int]:
+    """Columns of tiles of queries and keys, and of values."""
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    return padded(dim), padded_value(dim, value_dim, q.element_size())
+
+
 def shape_of(q: Tensor, v: Tensor) -> Shape:
     """What schedules depend on, of these inputs on their device."""
-    dims = padded(q.shape[-1]), padded(v.shape[-1])
+    dims = tile_columns(q, v)
     ampere = q.is_cuda and torch.version.hip is None and not _has_descriptors(q.device)
     return Shape(*dims, q.element_size(), _shared_limit(q.device), ampere)
 
@@ -208,13 +214,12 @@ def common(run: Run, q: Tensor, v: Tensor) -> Values:
     """Arguments that every kernel may name: sizes, scalars, captured tensors."""
     binding = run.bound.binding
     values = captured(run.bound)
+    values["BLOCK_D"], values["BLOCK_DV"] = tile_columns(q, v)
     values |= {
         "scale": run.scale,
         "GROUP": binding.heads // binding.kv_heads,
         "HEAD_DIM": q.shape[-1],
         "VALUE_DIM": v.shape[-1],
-        "BLOCK_D": padded(q.shape[-1]),
-        "BLOCK_DV": padded(v.shape[-1]),
     }
     return values
 
@@ -331,7 +336,8 @@ def inputs(values: Values, spec: Spec, config: Config, **tensors: Tensor) -> Non
     for name, x in tensors.items():
         if spec.descriptors:
             rows = config.block_m if name in ("q", "dout") else config.block_n
-            values[f"{name}_desc"] = described(x, rows, padded(x.shape[-1]))
+            columns = values["BLOCK_DV" if name in ("v", "dout") else "BLOCK_D"]
+            values[f"{name}_desc"] = described(x, rows, columns)
         else:
             strided(values, name, x)
 

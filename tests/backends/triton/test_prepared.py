@@ -14,6 +14,7 @@ from triton import knobs
 
 import attncc
 from attncc.backends.triton import launch, prepared
+from attncc.backends.triton.configs import padded
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.launch import Run
 from attncc.backends.triton.prepared import Prepared
@@ -176,3 +177,12 @@ def test_aligned_copies_keep_values_and_the_order_of_axes() -> None:
     assert torch.equal(copy, x)
     assert launch.describable(copy)
     assert copy.stride(2) > copy.stride(1) > copy.stride(3) == 1
+
+
+@pytest.mark.parametrize("value_dim", [8, 16, 64, 100])
+def test_narrow_values_of_half_types_are_laid_out_as_keys(value_dim: int) -> None:
+    q, v = torch.zeros(1, 1, 4, 96), torch.zeros(1, 1, 4, value_dim)
+    wide = max(64, padded(value_dim))
+    assert launch.tile_columns(q.bfloat16(), v.bfloat16()) == (128, wide)
+    assert launch.tile_columns(q[..., :32].half(), v.half()) == (32, max(32, padded(value_dim)))
+    assert launch.tile_columns(q, v) == (128, padded(value_dim))
