@@ -12,7 +12,7 @@ from torch import Tensor
 from attncc.backends.cpu.block import Block
 from attncc.backends.cpu.schedule import Interval, Run, aligned, union
 
-CLEAR = 256
+CLEAR = 512
 """Keys without a mask fewer than this are computed with their neighbours under one."""
 
 BAND = 32

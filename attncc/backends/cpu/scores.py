@@ -117,7 +117,7 @@ def _take_all(todo: tuple[Step, ...], block: Block, scores: Tensor, buffers: Buf
 def _take(step: Step, block: Block, run: Run, x: Tensor, buffers: Buffers) -> None:
     """Overwrites x, the scores of a run's keys, with the step's result."""
     if step.op is ops.TANH:
-        _tanh(x)
+        tanh_(x, buffers)
         return
     args = (x if arg is None else _aside(arg, block, run, buffers) for arg in step.args)
     RULES[step.op](*args, out=x)
@@ -135,12 +135,42 @@ def _aside(expr: Expr, block: Block, run: Run, buffers: Buffers) -> Tensor:
     return evaluate_unchecked(expr, env).to(env.dtype)
 
 
-def _tanh(x: Tensor) -> None:
-    """1.5 ns an element where torch takes 2.5 (AVX-512), and within 4 units in the last place.
+TANH = -0.33333141, 0.13325822, -0.05304221, 0.01723548
+"""tanh(x) / x - 1 in powers of x^2, 2e-8 off where |x| <= SHORT: least squares over that."""
 
-    tanh(x) = y / (y + 2) = 1 / (1 + 2 / y) where y = exp(2 x) - 1; beyond 20 it is 1 in any dtype.
-    """
+SHORT = 0.5
+"""A cap is for outliers, so most scores are well below it."""
+
+
+CHUNK = 1 << 17
+"""Elements that go through all of tanh at once, for its scratch memory to stay in a cache."""
+
+
+def tanh_(x: Tensor, buffers: Buffers) -> Tensor:
+    """In place, within 4 units in the last place; torch's takes 2.5 ns an element (AVX-512)."""
+    for part in x.view(-1, x.shape[-1]).split(max(1, CHUNK // x.shape[-1])):
+        low, high = torch.aminmax(part)
+        if x.dtype is torch.float32 and max(-float(low), float(high)) <= SHORT:
+            scratch = (buffers(name, part.numel()).view(part.shape) for name in ("square", "sum"))
+            _short_tanh(part, *scratch)
+        else:
+            _long_tanh(part)
+    return x
+
+
+def _long_tanh(x: Tensor) -> None:
+    """1.8 ns: 1 / (1 + 2 / y) where y = exp(2 x) - 1; beyond 20 it is 1 in any dtype."""
     x.clamp_(-20, 20).mul_(2).expm1_().reciprocal_().mul_(2).add_(1).reciprocal_()
+
+
+def _short_tanh(x: Tensor, square: Tensor, total: Tensor) -> None:
+    """0.9 ns, where all are SHORT."""
+    first, second, third, fourth = (x.new_tensor(number) for number in TANH)
+    torch.mul(x, x, out=square)
+    torch.mul(square, fourth, out=total).add_(third)
+    torch.addcmul(second, total, square, out=total)
+    torch.addcmul(first, total, square, out=total).mul_(square)
+    x.addcmul_(x, total)
 
 
 def exp_(x: Tensor) -> Tensor:
