@@ -33,7 +33,7 @@ class Kernel:
 @lru_cache(maxsize=256)
 def forward(spec: Spec) -> dict[str, Kernel]:
     """The kernels of the forward file, by name."""
-    return _load(f"{spec.name}_forward", forward_source(spec), ("forward",))
+    return load(f"{spec.name}_forward", forward_source(spec), ("forward",))
 
 
 @lru_cache(maxsize=256)
@@ -41,7 +41,7 @@ def backward(spec: Spec) -> dict[str, Kernel]:
     """The kernels of the backward file, by name."""
     delta = ("delta",) if spec.lowering.softmax else ()
     names = (*delta, "backward_kv", "backward_q")
-    return _load(f"{spec.name}_backward", backward_source(spec), names)
+    return load(f"{spec.name}_backward", backward_source(spec), names)
 
 
 @lru_cache(maxsize=256)
@@ -50,10 +50,10 @@ def lists(plan: Plan, doubles: bool) -> dict[str, Kernel]:
     spec = Spec(lower(plan), half=False, ptx=False, descriptors=False)
     text = lists_source(spec, doubles)
     names = tuple(n for n in ("summarize", "key_lists", "query_lists") if f"def {n}(" in text)
-    return _load(f"{spec.name}_lists", text, names)
+    return load(f"{spec.name}_lists", text, names)
 
 
-def _load(stem: str, text: str, names: tuple[str, ...]) -> dict[str, Kernel]:
+def load(stem: str, text: str, names: tuple[str, ...]) -> dict[str, Kernel]:
     begun = time.perf_counter()
     module: ModuleType = cache.load_module(cache.write_source(stem, text))
     spent = 1e3 * (time.perf_counter() - begun)

@@ -94,12 +94,15 @@ CONSTEXPRS: tuple[str, ...] = (
     "VALUE_DIM",
 )
 CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "CHUNK", "WIDTH")
+CONSTEXPRS += ("STAGES", "CONSUMERS", "CONSUMER", "REGISTERS")
+CONSTEXPRS += ("SCORES", "OUT", "OUT_ROWS", "WEIGHTS")
 
 
 def define(name: str, args: Sequence[str], body: str, *, kernel: bool = False) -> Function:
     """A function with those of `args` that its body names, constexprs last."""
     body = re.sub(r"\n{3,}", "\n\n", body)
     words = set(re.findall(r"\w+", body))
+    words -= set(re.findall(r"^(\w+): \w+\.constexpr =", body, re.MULTILINE))
     if kernel:
         words.discard("kv_head")  # which a kernel works out
     own = tuple(a for a in dict.fromkeys((*args, *CONSTEXPRS)) if a in words)

@@ -1,0 +1,100 @@
+"""Runs warp-specialised kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.backends.gluon import configs
+from attncc.backends.gluon.forward import forward_source
+from attncc.backends.triton import launch
+from attncc.backends.triton.arguments import Values
+from attncc.backends.triton.configs import Config
+from attncc.backends.triton.kernels import Kernel, load
+from attncc.backends.triton.launch import Run
+from attncc.backends.triton.prepared import Prepared, again, layout, start, stream_of
+from attncc.backends.triton.sections import Spec
+
+
+def unsupported(run: Run, q: Tensor, v: Tensor) -> str:
+    """Why no warp-specialised kernel serves a call; empty where one does."""
+    if not q.is_cuda or torch.version.hip is not None:
+        return "it is for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "it is for sm_90"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, and q is {str(q.dtype).removeprefix('torch.')}"
+    if max(q.shape[-1], v.shape[-1]) > configs.DIMS[-1]:
+        return f"it has no kernel for head dims above {configs.DIMS[-1]}"
+    return ""
+
+
+def columns(q: Tensor, v: Tensor) -> tuple[int, int]:
+    """Columns of tiles of queries and keys, and of values."""
+    dim, value_dim = (
+        next(n for n in configs.DIMS if n >= x.shape[-1]) for x in (q, v)
+    )
+    return dim, value_dim
+
+
+def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `triton.launch.forward`."""
+    with launch._on(q.device):
+        q, k, v = launch.in_rows(run, q, k, v)
+        out = launch.like(q, v.shape[-1])
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        lse2 = torch.empty_like(lse)
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lse2": lse2}
+
+        def first() -> Prepared | None:
+            return _first_forward(run, tensors)
+
+        stream = stream_of(q)
+        again(run.ready, ("gluon forward", stream, *layout(q, k, v)), tensors, stream, first)
+    return out, lse, lse2
+
+
+def _kernel(spec: Spec) -> Kernel:
+    return load(f"{spec.name}_gluon_forward", forward_source(spec), ("forward",))["forward"]
+
+
+def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
+    q, k, v, out = (tensors[name] for name in ("q", "k", "v", "out"))
+    spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
+    kernel: Kernel = run._known(("gluon", id(spec)), lambda: _kernel(spec))
+    dims = columns(q, v)
+    config = configs.default(launch.Shape(*dims, q.element_size()))
+    if run.configs and "gluon_forward" in run.configs:
+        config = run.configs["gluon_forward"]
+    values = launch.common(run, q, v)
+    values["BLOCK_D"], values["BLOCK_DV"] = dims
+    works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
+    consumers = config.block_m // configs.ROWS
+    values |= {"STAGES": config.num_stages, "CONSUMERS": consumers, "works": works}
+    values |= {"REGISTERS": configs.registers(config)}
+    values |= {f"{name}_ptr": tensors[name] for name in ("lse", "lse2")}
+    values["q_desc"] = described(q, configs.ROWS, dims[0])
+    values["k_desc"] = described(k, config.block_n, dims[0])
+    values["v_desc"] = described(v, config.block_n, dims[1])
+    values["out_desc"] = described(out, configs.ROWS, dims[1])
+    values["counter_ptr"] = torch.zeros(1, dtype=torch.int32, device=q.device)
+    grid = min(works, _processors(q.device))
+    return start(kernel, (grid,), values, tensors, Config(1, 1, 4, config.num_stages))
+
+
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def described(x: Tensor, rows: int, columns: int) -> Any:
+    """A descriptor of [1, 1, rows, columns] tiles of a [B, H, N, D] tensor, as wgmma reads them."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    block = [1, 1, rows, columns]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
+    shared = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    plain = launch.described(x, rows, columns)
+    return TensorDescriptor(x, plain.shape, plain.strides, block, shared)
