@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import attncc
+from attncc.backends.triton.configs import Config
 from attncc.binding import Binding
 from attncc.frontend import parse
 from attncc.inputs import Lengths, captured
@@ -19,7 +20,7 @@ from attncc.numeric import index_bits
 from attncc.passes import analyze
 from tests import strategies, test_searches
 from tests.cases import bindings
-from tests.interpreted.harness import by_kernels, check, inputs
+from tests.interpreted.harness import SMALL, by_dense, by_kernels, check, inputs
 
 EXAMPLES = sorted(Path("examples").glob("*.attn"))
 SCALARS = {"window": 13, "sinks": 3, "block": 8, "prefix": 20, "stride": 3, "step": 4, "cap": 2.0}
@@ -111,6 +112,30 @@ def test_ties_of_min_and_max_take_the_mean_slope() -> None:
     tensors = {"z": torch.zeros(2)}
     binding = Binding(**sizes, scalars={**sizes, "zero": 0.0}, tensors=tensors)
     check(program, binding, inputs(binding, value_dim=16))
+
+
+DISTANT = """
+attention distant():
+    mask = q_idx >= kv_idx
+    score = score + kv_idx - q_idx
+"""
+
+
+def test_row_terms_far_beyond_the_keys_round_nothing() -> None:
+    """Scores of -2000, whose rounding alone is 6e-5, but gradients as exact as of small ones."""
+    (program,) = parse(DISTANT)
+    binding = bind(program, Lengths(1, 2, 1, 2000, 24, 16))
+    given = inputs(binding, value_dim=16)
+    configs = dict.fromkeys(SMALL, Config(64, 16, 4, 1))
+    found = by_kernels(analyze(program), binding, given, configs=configs)
+    exact = by_dense(program, binding, given, torch.float64)
+    torch.testing.assert_close(
+        found.values["lse"].double(), exact.values["lse"], rtol=1e-6, atol=1e-5
+    )
+    for name in ("out", "dq", "dk", "dv"):
+        value = exact.values[name]
+        error = (found.values[name] - value).abs().max() / value.abs().max()
+        assert error < 2e-6, f"{name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])

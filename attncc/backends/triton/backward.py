@@ -185,10 +185,10 @@ def _q_tile(file: File, mods: BackwardMods) -> str:
 
 
 def _lse_lines(mods: BackwardMods) -> str:
-    """Lines that make `lse`, in log2 units and without the row term; inf where a row keeps none."""
+    """Lines that make `lse`, in log2 units, of its tile's scores; inf where a row keeps no key."""
     row = ""
     if mods.rows:
-        row = f"lse -= {mods.row_term.call(*mods.row_term.leading)}\n"
+        row = f"lse -= {mods.row_term_at('reference_row(q_idx, kv_len)')}\n"
     return f'lse = tl.load(lse2_ptr + rows, mask=rows < q_len, other=float("inf"))\n{row}'
 
 

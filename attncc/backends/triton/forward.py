@@ -59,22 +59,33 @@ class Mods:
 
     def _row_term(self, file: File) -> None:
         assert self.score is not None
-        at_kv = "tl.minimum(q_lo, kv_len - 1)"
         extra = tuple(e for e in self.score.extra if e != "kv_len")
-        own = self.score.call("0.0", "scale", "b", "h", "q_idx", "kv_idx")
-        base = self.score.call("0.0", "scale", "b", "h", "q_lo", "kv_idx")
-        args = ("scale", "b", "h", "q_idx", "q_lo", "kv_len", *extra)
-        head = f"def row_term({', '.join(args)}):"
-        doc = '"""What a row\'s scores lack when score_mod is given q_lo for q_idx; it cancels."""'
-        body = f"{doc}\nkv_idx = {at_kv}\nown = {own}\nreturn own - {base}"
+        own = self.score.call("0.0", "scale", "b", "h", "q_idx", "at")
+        base = self.score.call("0.0", "scale", "b", "h", "at", "at")
         leading = ("scale", "b", "h", "q_idx", "q_lo", "kv_len")
+        head = f"def row_term({', '.join((*leading, *extra))}):"
+        doc = '"""What a row\'s scores lack when score_mod is given reference_row; it cancels."""'
+        body = f"{doc}\nat = reference_row(q_lo, kv_len)\nown = {own}\nreturn own - {base}"
         text = f"@triton.jit\n{head}\n{indented(body)}\n"
         self.row_term = Function("row_term", leading, extra, text)
-        file.functions.append(self.row_term)
+        reference = Function("reference_row", (), (), REFERENCE_ROW.lstrip())
+        file.functions += [reference, self.row_term]
 
     def row_index(self, expanded: str) -> str:
         """What score_mod is given for q_idx."""
-        return "q_lo" if self.rows else expanded
+        return "reference_row(q_lo, kv_len)" if self.rows else expanded
+
+    def row_term_at(self, q_idx: str) -> str:
+        """The row term of a position beside its tile."""
+        return self.row_term.call("scale", "b", "h", q_idx, "q_lo", "kv_len")
+
+
+REFERENCE_ROW = '''
+@triton.jit
+def reference_row(q_idx, kv_len):
+    """The nearest position that has a key; scores of queries beyond the keys stay small there."""
+    return tl.minimum(q_idx, tl.maximum(kv_len, 1) - 1)
+'''
 
 
 def merged(*functions: Function | None) -> tuple[str, ...]:
@@ -284,17 +295,20 @@ def _store(file: File, mods: Mods) -> str:
         if spec.lowering.sink is not None:
             lines, (sink,) = file.printer.body([spec.lowering.sink])
             text += "\n".join([*lines, f"sink = {sink}", "sink *= 1.4426950408889634"]) + "\n"
-            text += _sink_lines(mods)
+            text += SINK_LINES
         text += "acc = acc / tl.where(empty, 1.0, l_i)[:, None]\n"
         if spec.lowering.sink is not None:
             text += "acc = tl.where(empty[:, None], 0.0, acc)\n"
         text += "lse = m_i + tl.log2(l_i)\n"
-        if mods.rows and spec.lowering.sink is None:
-            text += f"lse += {mods.row_term.call(*mods.row_term.leading)}\n"
-        text += """\
+        lse2 = "lse"
+        if mods.rows:
+            lse2 = "lse2"
+            text += f"lse2 = lse + {mods.row_term_at('reference_row(q_idx, kv_len)')}\n"
+            text += f"lse += {mods.row_term_at('q_idx')}\n"
+        text += f"""\
 lse_ptr += bh.to(tl.int64) * q_len
 lse2_ptr += bh.to(tl.int64) * q_len
-tl.store(lse2_ptr + rows, tl.where(empty, float("inf"), lse), mask=rows < q_len)
+tl.store(lse2_ptr + rows, tl.where(empty, float("inf"), {lse2}), mask=rows < q_len)
 lse = tl.where(empty, float("-inf"), lse * 0.6931471805599453)
 tl.store(lse_ptr + rows, lse, mask=rows < q_len)
 """
@@ -315,15 +329,10 @@ tl.store(
     )
 
 
-def _sink_lines(mods: Mods) -> str:
-    shift = f"m_i += {mods.row_term.call(*mods.row_term.leading)}\n" if mods.rows else ""
-    return (
-        shift
-        + """\
+SINK_LINES = """\
 m_new = tl.maximum(m_i, sink)
 alpha = tl.where(empty, 0.0, tl.exp2(m_i - m_new))
 l_i = l_i * alpha + tl.exp2(sink - m_new)
 acc = acc * alpha[:, None]
 m_i = m_new
 """
-    )
