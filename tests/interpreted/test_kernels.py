@@ -15,6 +15,7 @@ from attncc.binding import Binding
 from attncc.frontend import parse
 from attncc.inputs import Lengths, captured
 from attncc.ir.expr import Expr
+from attncc.ir.plan import Blocks
 from attncc.ir.program import Program
 from attncc.numeric import index_bits
 from attncc.passes import analyze
@@ -74,6 +75,20 @@ def test_searched_ranges_equal_dense(mask: Expr, binding: Binding, wide: bool) -
     check(
         program, binding, inputs(binding, value_dim=16), wide=wide or index_bits(plan, binding) > 32
     )
+
+
+DILATED = """
+attention dilated_documents(doc: int[batch, kv_len] sorted):
+    mask = q_idx >= kv_idx and doc[b, q_idx] == doc[b, kv_idx] and (q_idx - kv_idx) % 3 == 0
+"""
+
+
+def test_searched_ranges_that_leave_something_out_are_not_the_mask() -> None:
+    (program,) = parse(DILATED)
+    plan = analyze(program)
+    assert plan.blocks is Blocks.RANGES and plan.searches
+    binding = bind(program, Lengths(1, 1, 1, 40, 40, 16))
+    check(program, binding, inputs(binding, value_dim=16))
 
 
 PAIRS = """

@@ -115,7 +115,9 @@ def _mask(
     """
     if plan.mask == TRUE:
         return None
-    if plan.blocks is not Blocks.RANGES or not plan.searches or ranges is None:
+    if plan.blocks is not Blocks.RANGES or not plan.searches:
+        return plan.mask
+    if ranges is None or not ranges.complete:
         return plan.mask
     found = {search.tensor for search in plan.searches}
     if any(_scaled(end, found) for s in ranges.visit for end in (s.lo, s.hi)):
