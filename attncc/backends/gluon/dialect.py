@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from attncc.backends.triton.sections import File, Function, header
+from attncc.backends.triton.sections import IN_ORDER, File, header
 from attncc.backends.triton.text import GATHER, HELPERS, TANH_HALF, laid_out
 
 IMPORTS = """\
@@ -28,9 +28,9 @@ def sigmoid(x):
 '''
 
 
-def text(file: File, title: str, kernels: Sequence[Function]) -> str:
+def text(file: File, title: str, kernels: Sequence[str]) -> str:
     """The whole file; functions printed for Triton are translated."""
-    parts = [f.text for f in (*file.functions, *kernels)]
+    parts = [*(f.text for f in file.functions), *kernels]
     used = "".join(parts)
     helpers = [HELPERS[h] for h in sorted(file.printer.helpers)]
     if "tanh(" in used:
@@ -38,8 +38,6 @@ def text(file: File, title: str, kernels: Sequence[Function]) -> str:
     if "gather(" in used:
         helpers.append(GATHER)
     if "in_order(" in used:
-        from attncc.backends.triton.sections import IN_ORDER
-
         helpers.append(IN_ORDER)
     if "tl.sigmoid(" in used:
         helpers.append(SIGMOID)
@@ -48,6 +46,6 @@ def text(file: File, title: str, kernels: Sequence[Function]) -> str:
 
 
 def translated(source: str) -> str:
-    """A function printed for Triton as Gluon has it; no name of a file's own is `tl` or `triton`."""
+    """A function printed for Triton as Gluon has it; no other name of a file is `tl`."""
     source = re.sub(r"\btl\.sigmoid\(", "sigmoid(", source)
     return re.sub(r"\btl\.", "gl.", source).replace("@triton.jit", "@gluon.jit")

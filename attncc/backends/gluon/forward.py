@@ -3,20 +3,18 @@
 One warp brings tiles of q, k and v through tensor descriptors into rings in shared memory; two or
 three warpgroups each own 64 of a tile's queries. A warpgroup starts the product of q with the next
 keys before it adds the weighted values of the last ones, so tensor cores work under its softmax,
-and the others' beside it. Programs stay and take the next tile of work from a counter.
+and the others' beside it. Programs stay, and take the next tile of work from a counter.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from attncc.backends.gluon import dialect
-from attncc.backends.triton.forward import (
-    LAST,
-    POSITIONS,
-    Mods,
-    score_lines,
-)
+from attncc.backends.gluon.hoist import Value, hoisted
+from attncc.backends.triton.forward import LAST, Mods, score_lines
 from attncc.backends.triton.sections import (
     File,
     Function,
@@ -31,40 +29,118 @@ from attncc.backends.triton.text import indented
 from attncc.ir.expr import Axis
 from attncc.ir.program import Normalize
 
-RINGS = ("q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "next_full", "next_empty")
-"""Barriers: what is brought and what is free again, by stage."""
-BUFFERS = ("q_tiles_sm", "k_sm", "v_sm", "out_sm", "next_sm")
-WORK = ("work", "works", "b", "h", "kv_head", "q_tile", "q_lo", "q_idx", "kv_tile", "bh")
+RING = '''
+@gluon.jit
+def bring(desc, ring, step, b, head, row, STAGES: gl.constexpr):
+    """Fill a ring's slot with the tile at `row`, once it is free."""
+    tiles, full, empty = ring
+    slot = step % STAGES
+    mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [b, head, row, 0], full.index(slot), tiles.index(slot))
 
 
-def forward_source(spec: Spec) -> str:
-    """One readable, stand-alone file with the kernel `forward`."""
-    return _Forward(spec).text()
+@gluon.jit
+def arrived(ring, step, STAGES: gl.constexpr):
+    """The tile in a ring's slot, once it is there."""
+    tiles, full, empty = ring
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    tile = tiles.index(step % STAGES)
+    return tile.reshape([tile.shape[2], tile.shape[3]])
+
+
+@gluon.jit
+def release(ring, step, STAGES: gl.constexpr):
+    """One warpgroup has done with a ring's slot."""
+    tiles, full, empty = ring
+    mbarrier.arrive(empty.index(step % STAGES))
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each for so many arrivals."""
+    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for at in gl.static_range(COUNT):
+        mbarrier.init(found.index(at), count=ARRIVALS)
+    return found
+
+
+@gluon.jit
+def ring_of(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Slots for tiles, and barriers that say which are full and which are empty again."""
+    tiles = gl.allocate_shared_memory(
+        desc.dtype, [STAGES] + desc.block_type.shape, desc.layout
+    )
+    return tiles, barriers(STAGES, 1), barriers(STAGES, READERS)
+'''
+
+NEXT = """
+@gluon.jit
+def give(ring, step, work):
+    \"\"\"Say which piece of work comes next.\"\"\"
+    works, full, empty = ring
+    mbarrier.wait(empty.index(step % 2), ((step // 2) & 1) ^ 1)
+    works.index(step % 2).store(gl.full([1], work, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(full.index(step % 2))
+
+
+@gluon.jit
+def take(ring, step):
+    \"\"\"Which piece of work comes next.\"\"\"
+    works, full, empty = ring
+    mbarrier.wait(full.index(step % 2), (step // 2) & 1)
+    found = works.index(step % 2).load(gl.BlockedLayout([1], [32], [4], [0]))
+    mbarrier.arrive(empty.index(step % 2))
+    return gl.max(found, 0)
+"""
+
+RELEASE_Q = "release(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS)"
+
+RINGS = ("q_ring", "k_ring", "v_ring", "next_ring", "out_sm")
+
+
+def forward_source(spec: Spec, consumers: int, out_in_q: bool) -> str:
+    """One readable, stand-alone file with the kernel `forward`.
+
+    consumers: warpgroups, each with 64 queries of a tile.
+    out_in_q:  the output leaves through the shared memory of q, of which there is no more.
+    """
+    return _Forward(spec, consumers, out_in_q).text()
 
 
 class _Forward:
-    def __init__(self, spec: Spec) -> None:
-        self.file = File(spec)
-        self.spec = spec
+    def __init__(self, spec: Spec, consumers: int, out_in_q: bool) -> None:
+        self.consumers, self.out_in_q = consumers, out_in_q
+        self.plain = File(spec)
+        """Before anything was taken out of the mods."""
+        self.spec = hoisted(spec)
+        self.file = File(self.spec)
         self.softmax = spec.lowering.softmax
+        self.functions: list[Function] = []
+        values = self.spec.values
+        self.reads = [
+            _Read(self.file, "read_row", "q_idx", [v for v in values if not v.of_keys]),
+            _Read(
+                self.file, "read_keys", "kv_idx", [v for v in values if v.of_keys and not v.masks]
+            ),
+            _Read(self.file, "read_mask", "kv_idx", [v for v in values if v.of_keys and v.masks]),
+        ]
         self.mods = Mods(self.file)
         self.loop = loop(self.file, "q", "kv", "BLOCK_N")
-        self.known = (*self.mods.extra, *self._sink_extra(), *LAST, *self.loop.extra)
+        self.own = tuple(value.name for value in values)
+        known = (*self.mods.extra, *self._sink_extra(), *LAST, *self.loop.extra)
+        known += tuple(name for read in self.reads for name in read.extra)
+        self.known = tuple(name for name in dict.fromkeys(known) if name not in self.own)
         """What any function may be given beyond its own variables."""
-        self.functions: list[Function] = []
 
     def text(self) -> str:
-        which = self._which()
-        tiles = self._tiles()
-        weigh = self._weigh()
-        attend = self._attend(weigh)
-        consume = self._consume(which, tiles, weigh, attend)
-        produce = self._produce(which, tiles)
-        self._kernel(consume, produce)
-        return dialect.text(self.file, "forward", self.functions)
+        tiles, weigh = self._place(), self._weigh()
+        consume = self._consume(tiles, weigh, self._attend(weigh))
+        self._kernel(consume, self._produce(tiles))
+        return dialect.text(self.file, "forward", [RING, NEXT, *(f.text for f in self.functions)])
 
-    def _define(self, name: str, args: tuple[str, ...], body: str, *, kernel: bool = False) -> Function:
-        function = define(name, args, body, kernel=kernel)
+    def _define(self, name: str, args: Iterable[str], body: str, kernel: bool = False) -> Function:
+        function = define(name, tuple(args), body, kernel=kernel)
         self.functions.append(function)
         return function
 
@@ -74,81 +150,100 @@ class _Forward:
 
     # -- which tiles
 
-    def _which(self) -> Function:
-        text = which_tile(self.spec.lowering.plan.query_order, "q").replace(
-            "tl.program_id(0)", "work"
+    def _place(self) -> Tiles:
+        """Functions that say where a piece of work lies and which key tiles it has."""
+        text = which_tile(self.spec.lowering.plan.query_order, "q")
+        lines = text.replace("tl.program_id(0)", "work").strip().split("\n")[1:]
+        body = _doc(
+            "A query tile and its key tiles, `swizzle` heads at a time; the partial ones first."
         )
-        lines = text.split("\n")[1:]
-        body = '"""Batch, head and query tile of a piece of work, `swizzle` heads at a time."""\n'
-        body += "\n".join(lines) + "return b, h, q_tile"
-        return self._define("which_tile", ("work", *LAST), body)
-
-    def _tiles(self) -> Tiles:
-        """Functions of the key tiles of a query tile: how many there are, and each one's number."""
-        found = Tiles(self.loop)
-        setup = self.loop.setup.split("\n")
-        lines = ['"""How many key tiles are partial and unmasked, and what numbers them."""']
-        if "q_lo" in self.loop.setup or "q_last" in self.loop.setup:
-            lines.append("q_lo = q_tile * BLOCK_M")
-        if "q_last" in self.loop.setup:
-            lines.append("q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1")
-        lines += setup
-        lines.append(f"return {', '.join((found.partial_count, found.full_count, *found.names))}")
-        args = ("b", "h", "kv_head", "q_tile", *self.known)
-        found.count = self._define("tiles_of", args, "\n".join(lines))
-        one = found.loop.partial[1]
-        body = '"""The number of the i-th partial key tile."""\n' + _numbered(one)
-        found.partial = self._define("partial_tile", ("i", *found.names), body)
-        if found.loop.full is not None:
-            body = '"""The number of the i-th unmasked key tile."""\n' + _numbered(
-                found.loop.full[1]
-            )
-            found.full = self._define("full_tile", ("i", *found.names), body)
-        return found
+        body += _lines([*lines, "kv_head = h // GROUP"])
+        if re.search(r"\bq_(lo|last)\b", self.loop.setup):
+            body += "q_lo = q_tile * BLOCK_M\n"
+        if re.search(r"\bq_last\b", self.loop.setup):
+            body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n"
+        body += f"\n{self.loop.setup.strip()}\n"
+        names = _numbers(self.loop)
+        full_count = "0" if self.loop.full is None else self.loop.full[0]
+        found = (*TILE, self.loop.partial[0], full_count, *names)
+        body += f"return {', '.join(found)}"
+        place = self._define("place", ("work", *self.known), body)
+        partial = _doc("The number of the i-th partial key tile.") + _numbered(self.loop.partial[1])
+        full = None
+        if self.loop.full is not None:
+            body = _doc("The number of the i-th unmasked key tile.") + _numbered(self.loop.full[1])
+            full = self._define("full_tile", ("i", *names), body)
+        body = _doc("The next piece of work and its place.")
+        body += "work = take(next_ring, turn)\n"
+        body += f"return work, {_called(place, {'work': 'tl.minimum(work, works - 1)'})}"
+        upcoming = self._define("upcoming", ("next_ring", "turn", "works", *place.extra[1:]), body)
+        state = ", ".join((*TILE, *COUNTS, *names))
+        return Tiles(
+            place, upcoming, self._define("partial_tile", ("i", *names), partial), full, state
+        )
 
     # -- one tile of keys
 
     def _weigh(self) -> Function:
-        spec, mods = self.spec, self.mods
+        spec = self.spec
         body = "kv_lo = kv_tile * BLOCK_N\nkv_idx = kv_lo + columns\n"
-        body += score_lines(self.file, mods, "score").replace("score = score\n", "", 1)
+        for value in spec.values:
+            line = f"{value.name} = {value.name}{value.suffix}\n"
+            body += f"if MASKED:\n    {line}" if value.masks else line if value.suffix else ""
+        body += score_lines(self.file, self.mods, "score").replace("score = score\n", "", 1)
         if self.softmax:
             doc = '"""Weights of a tile of scores beside the running softmax (l_i, m_i)."""\n'
-            body += _softmax_lines(spec)
-            body += "return p, l_i, m_i, alpha"
+            body += _softmax_lines(spec) + "return p, l_i, m_i, alpha"
         else:
             doc = '"""Weights of a tile of scores."""\n'
-            weight = "tl.sigmoid(score)" if spec.lowering.normalize is Normalize.SIGMOID else "score"
-            body += f"p = {weight}\nif MASKED:\n    p = tl.where(keep, p, 0.0)\nreturn p"
-        args = ("score", "l_i", "m_i", "columns", *POSITIONS[:2], "kv_head", "q_idx", "q_lo")
+            sigmoid = spec.lowering.normalize is Normalize.SIGMOID
+            body += f"p = {'tl.sigmoid(score)' if sigmoid else 'score'}\n"
+            body += "if MASKED:\n    p = tl.where(keep, p, 0.0)\nreturn p"
+        args = ("score", "l_i", "m_i", *self.own, "columns", "b", "h", "kv_head", "q_idx", "q_lo")
         return self._define("weigh", (*args, "kv_tile", *self.known), doc + body)
 
+    def _read_ahead(self, masked: str) -> str:
+        """Lines that read what the mods need of a tile of keys, while its products are made."""
+        text = ""
+        for read in self.reads[1:]:
+            if not read.values:
+                continue
+            if not text:
+                text = "kv_idx = kv_tile * BLOCK_N + columns\n"
+                text += _lines(positions(self.plain, Axis.KV, "kv_idx", "kv_len"))
+            if read.name == "read_mask":
+                unread = "".join(f"    {value.name} = columns\n" for value in read.values)
+                text += f"if {masked}:\n    {read.line}\nelse:\n{unread}"
+            else:
+                text += f"{read.line}\n"
+        return text
+
     def _attend(self, weigh: Function) -> Function:
-        state = self._state
         body = f'''\
 """Start q with the next keys, add the last values under p, and weigh the new scores."""
-after = step + 1
-mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)
-k = k_sm.index(after % STAGES).reshape([BLOCK_N, BLOCK_D])
+k = arrived(k_ring, step + 1, STAGES)
 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
-v = v_sm.index(step % STAGES).reshape([BLOCK_N, BLOCK_DV])
+v = arrived(v_ring, step, STAGES)
 acc = warpgroup_mma(p, v, acc, is_async=True)
+{self._read_ahead("MASKED")}\
 score = warpgroup_mma_wait(1, deps=(score,))
-mbarrier.arrive(k_empty.index(after % STAGES))
+release(k_ring, step + 1, STAGES)
 {self._weighed(weigh, "new")}
 acc = warpgroup_mma_wait(0, deps=(acc,))
-mbarrier.arrive(v_empty.index(step % STAGES))
+release(v_ring, step, STAGES)
 '''
         if self.softmax:
             body += "acc = acc * gl.convert_layout(alpha, OUT_ROWS, assert_trivial=True)[:, None]\n"
-        body += "p = gl.convert_layout(new.to(v_sm.dtype), WEIGHTS, assert_trivial=True)\n"
-        body += f"return {', '.join(state)}, after"
-        args = (*state, "step", "q", *BUFFERS, *RINGS, "zero", *weigh.extra)
-        return self._define("attend", tuple(a for a in args if a not in ("score", "alpha")), body)
+        body += "p = gl.convert_layout(new.to(v.dtype), WEIGHTS, assert_trivial=True)\n"
+        body += f"return {', '.join(self.state)}, step + 1"
+        args = dict.fromkeys((*self.state, "step", "q", *RINGS, "zero", "columns", *weigh.extra))
+        read = [name for r in self.reads[1:] for name in (*r.extra, "b", "h", "kv_tile", "columns")]
+        keys = [v.name for r in self.reads[1:] for v in r.values]
+        local = ("score", "alpha", *keys)
+        return self._define("attend", [a for a in (*args, *read) if a not in local], body)
 
     @property
-    def _state(self) -> tuple[str, ...]:
+    def state(self) -> tuple[str, ...]:
         return ("acc", "l_i", "m_i", "p") if self.softmax else ("acc", "p")
 
     def _weighed(self, weigh: Function, name: str, masked: str = "MASKED") -> str:
@@ -157,249 +252,229 @@ mbarrier.arrive(v_empty.index(step % STAGES))
 
     # -- partitions
 
-    def _consume(self, which: Function, tiles: Tiles, weigh: Function, attend: Function) -> Function:
-        state = ", ".join((*self._state, "step"))
-        fold = f"kv_tile = {{tile}}\n{attend.assigned(state, {'MASKED': '{masked}'})}"
-        body = f'''\
-"""The part of a warpgroup: 64 queries of each tile of work."""
+    def _consume(self, tiles: Tiles, weigh: Function, attend: Function) -> Function:
+        body = f"""\
+{_doc("The part of a warpgroup: 64 queries of each tile of work.")}\
 zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
 columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
 work = gl.program_id(0)
 step = 0
 turn = 0
-taken = 0
+{tiles.place.assigned("tile", {})}
 while work < works:
-'''
-        inner = f"{self._begin(which, tiles)}\n"
-        inner += f'''\
-q_lo = q_tile * BLOCK_M + CONSUMER * 64
-rows = q_lo + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-'''
-        if self.mods.rows or "q_idx" in weigh.extra:
-            inner += "q_idx = rows\n"
-            inner += "".join(
-                f"{line}\n" for line in positions(self.file, Axis.Q, "q_idx", "q_len")
-            )
-        inner += "acc = gl.zeros([64, BLOCK_DV], gl.float32, OUT)\n"
-        if self.softmax:
-            inner += 'l_i = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))\n'
-            inner += 'm_i = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))\n'
-        keys = f'''\
-mbarrier.wait(q_full, turn & 1)
-q = q_tiles_sm.index(CONSUMER).reshape([64, BLOCK_D])
+    {tiles.state} = tile
+{indented(self._rows(weigh))}
+    q = arrived(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS)
+    if partial_count + full_count > 0:
+{indented(self._keys(tiles, weigh, attend), 8)}
+    else:
+        {tiles.upcoming.assigned("work, tile", {})}
+        {self._release_q}
+{indented(self._store())}
+    turn += 1
+tma.store_wait(0)"""
+        args = (*RINGS, "out_desc", "lse_ptr", "lse2_ptr", "works", *self.known)
+        return self._define("consume", args, body)
 
-# -- the first keys
-mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
-k = k_sm.index(step % STAGES).reshape([BLOCK_N, BLOCK_D])
+    def _rows(self, weigh: Function) -> str:
+        """Lines that begin a query tile."""
+        text = "q_lo = q_tile * BLOCK_M + CONSUMER * 64\n"
+        text += "rows = q_lo + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))\n"
+        read = self.reads[0]
+        if self.mods.rows or "q_idx" in weigh.extra or read.values:
+            text += "q_idx = rows\n" + _lines(positions(self.plain, Axis.Q, "q_idx", "q_len"))
+        if read.values:
+            text += f"{read.line}\n"
+        text += "acc = gl.zeros([64, BLOCK_DV], gl.float32, OUT)\n"
+        if self.softmax:
+            text += "l_i = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))\n"
+            text += 'm_i = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))\n'
+        return text
+
+    def _keys(self, tiles: Tiles, weigh: Function, attend: Function) -> str:
+        """Lines that fold all key tiles of a query tile but wait for the last product."""
+        state = ", ".join((*self.state, "step"))
+
+        def walk(start: str, count: str, tile: Function, masked: str) -> str:
+            return f"""\
+for i in range({start}, {count}):
+    {tile.assigned("kv_tile", {})}
+    {attend.assigned(state, {"MASKED": masked})}
+"""
+
+        text = f"""\
+k = arrived(k_ring, step, STAGES)
 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 {tiles.numbered("0")}
+{self._read_ahead("True")}\
 score = warpgroup_mma_wait(0, deps=(score,))
-mbarrier.arrive(k_empty.index(step % STAGES))
+release(k_ring, step, STAGES)
 {self._weighed(weigh, "p", "True")}
-p = gl.convert_layout(p.to(v_sm.dtype), WEIGHTS, assert_trivial=True)
-for i in range(1, partial_count):
-{indented(fold.format(tile=_called(tiles.partial), masked="True"))}
-'''
+p = gl.convert_layout(p.to(k.dtype), WEIGHTS, assert_trivial=True)
+{walk("1", "partial_count", tiles.partial, "True")}"""
         if tiles.full is not None:
-            call = _called(tiles.full)
-            keys += f'''\
-for i in range(1 - tl.minimum(partial_count, 1), full_count):
-{indented(fold.format(tile=call, masked="False"))}
-'''
-        keys += '''\
-mbarrier.arrive(q_empty)
-
-# -- the last values
-mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
-v = v_sm.index(step % STAGES).reshape([BLOCK_N, BLOCK_DV])
+            start = "1 - tl.minimum(partial_count, 1)"
+            text += walk(start, "full_count", tiles.full, "False")
+        return (
+            text
+            + f"""\
+{self._release_q}
+v = arrived(v_ring, step, STAGES)
 acc = warpgroup_mma(p, v, acc, is_async=True)
+{tiles.upcoming.assigned("work, tile", {})}
 acc = warpgroup_mma_wait(0, deps=(acc,))
-mbarrier.arrive(v_empty.index(step % STAGES))
-step += 1
-turn += 1
-'''
-        inner += f"if count > 0:\n{indented(keys)}\n{self._store()}\n"
-        inner += '''\
-# -- the next tile of work
-mbarrier.wait(next_full.index(taken % 2), (taken // 2) & 1)
-found = next_sm.index(taken % 2).load(gl.BlockedLayout([1], [32], [4], [0]))
-mbarrier.arrive(next_empty.index(taken % 2))
-work = gl.max(found, 0)
-taken += 1
-'''
-        body += indented(inner) + "\ntma.store_wait(0)"
-        args = ("q_tiles_sm", *BUFFERS, *RINGS, "out_desc", "lse_ptr", "lse2_ptr", "works")
-        return self._define("consume", (*args, *self.known), body)
+release(v_ring, step, STAGES)
+step += 1"""
+        )
 
-    def _begin(self, which: Function, tiles: Tiles) -> str:
-        names = ", ".join(("partial_count", "full_count", *tiles.names))
-        return f'''\
-{which.assigned("b, h, q_tile", {})}
-kv_head = h // GROUP
-{tiles.count.assigned(names, {})}
-count = partial_count + full_count'''
+    @property
+    def _release_q(self) -> str:
+        """After the last product with q, unless the output still leaves through it."""
+        return "" if self.out_in_q else RELEASE_Q
 
     def _store(self) -> str:
         text = ""
-        factor = ""
         if self.softmax:
+            row = (
+                f"{self.mods.row_term.call(*self.mods.row_term.leading)}\n"
+                if self.mods.rows
+                else ""
+            )
             text = "# -- a row that kept no key is 0 and its lse -inf\nempty = l_i == 0.0\n"
             factor = "1.0 / tl.where(empty, 1.0, l_i)"
             if self.spec.lowering.sink is not None:
                 lines, (sink,) = self.file.printer.body([self.spec.lowering.sink])
-                text += "\n".join([*lines, f"sink = {sink}", "sink *= 1.4426950408889634"]) + "\n"
-                if self.mods.rows:
-                    text += f"m_i += {self.mods.row_term.call(*self.mods.row_term.leading)}\n"
+                text += _lines([*lines, f"sink = {sink}", "sink *= 1.4426950408889634"])
+                text += f"m_i += {row}" if row else ""
                 text += """\
 m_new = tl.maximum(m_i, sink)
 alpha = tl.where(empty, 0.0, tl.exp2(m_i - m_new))
 l_i = l_i * alpha + tl.exp2(sink - m_new)
 m_i = m_new
 """
-                factor = "alpha / l_i"
+                factor, row = "alpha / l_i", ""
             text += f"factor = gl.convert_layout({factor}, OUT_ROWS, assert_trivial=True)\n"
             text += "acc = acc * factor[:, None]\nlse = m_i + tl.log2(l_i)\n"
-            if self.mods.rows and self.spec.lowering.sink is None:
-                text += f"lse += {self.mods.row_term.call(*self.mods.row_term.leading)}\n"
+            text += f"lse += {row}" if row else ""
             text += """\
 at = (b * heads + h).to(tl.int64) * q_len + rows
 tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse), mask=rows < q_len)
 lse = tl.where(empty, float("-inf"), lse * 0.6931471805599453)
 tl.store(lse_ptr + at, lse, mask=rows < q_len)
 """
-        return text + """\
-out = out_sm.index(CONSUMER)
-tma.store_wait(0)
-out.reshape([64, BLOCK_DV]).store(acc.to(out_sm.dtype))
+        if self.out_in_q:
+            text += "out = q_ring[0].index(CONSUMER)\n"
+        else:
+            text += "out = out_sm.index(CONSUMER)\ntma.store_wait(0)\n"
+        text += """\
+out.reshape([64, BLOCK_DV]).store(acc.to(out.dtype))
 fence_async_shared()
-tma.async_copy_shared_to_global(out_desc, [b, h, q_lo, 0], out)
-"""
+tma.async_copy_shared_to_global(out_desc, [b, h, q_lo, 0], out)"""
+        return text + (f"\ntma.store_wait(0)\n{RELEASE_Q}" if self.out_in_q else "")
 
-    def _produce(self, which: Function, tiles: Tiles) -> Function:
-        def bring(name: str, stage: str, lo: str) -> str:
-            ring = f"index({stage} % STAGES)"
-            return f'''\
-mbarrier.wait({name}_empty.{ring}, (({stage} // STAGES) & 1) ^ 1)
-mbarrier.expect({name}_full.{ring}, {name}_desc.block_type.nbytes)
-tma.async_copy_global_to_shared(
-    {name}_desc, [b, kv_head, {lo}, 0], {name}_full.{ring}, {name}_sm.{ring}
-)
-'''
-
-        keys = f'''\
+    def _produce(self, tiles: Tiles) -> Function:
+        keys = f"""\
 {tiles.numbered("0")}
-kv_lo = kv_tile * BLOCK_N
-{bring("k", "step", "kv_lo")}\
-mbarrier.wait(q_empty, (turn & 1) ^ 1)
-mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
-for part in gl.static_range(CONSUMERS):
-    q_lo = q_tile * BLOCK_M + part * 64
-    tma.async_copy_global_to_shared(q_desc, [b, h, q_lo, 0], q_full, q_tiles_sm.index(part))
+bring(k_desc, k_ring, step, b, kv_head, kv_tile * BLOCK_N, STAGES)"""
+        rest = f"""\
+{tiles.numbered("0")}
 for i in range(1, count):
+    last = kv_tile
 {indented(tiles.numbered("i"))}
-    next_lo = kv_tile * BLOCK_N
-    after = step + 1
-{indented(bring("k", "after", "next_lo"))}
-{indented(bring("v", "step", "kv_lo"))}
-    kv_lo = next_lo
-    step = after
-{bring("v", "step", "kv_lo")}\
-step += 1
-turn += 1
-'''
-        inner = f'''\
-{self._begin(which, tiles)}
-if count > 0:
-{indented(keys)}
-# -- the next tile of work; the last to ask leaves the counter as it was
-asked = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-if asked == works - 1:
-    tl.store(counter_ptr, 0)
-work = gl.num_programs(0) + asked
-mbarrier.wait(next_empty.index(taken % 2), ((taken // 2) & 1) ^ 1)
-next_sm.index(taken % 2).store(gl.full([1], work, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-mbarrier.arrive(next_full.index(taken % 2))
-taken += 1
-'''
+    bring(k_desc, k_ring, step + 1, b, kv_head, kv_tile * BLOCK_N, STAGES)
+    bring(v_desc, v_ring, step, b, kv_head, last * BLOCK_N, STAGES)
+    step += 1
+bring(v_desc, v_ring, step, b, kv_head, kv_tile * BLOCK_N, STAGES)
+step += 1"""
         body = f'''\
 """The part of the warp that brings tiles, ahead of those that consume them."""
 work = gl.program_id(0)
 step = 0
 turn = 0
-taken = 0
 while work < works:
-{indented(inner)}'''
-        args = ("q_desc", "k_desc", "v_desc", *BUFFERS, *RINGS, "counter_ptr", "works")
-        return self._define("produce", (*args, *self.known), body)
+    {tiles.place.assigned(tiles.state, {})}
+    count = partial_count + full_count
+    if count > 0:
+{indented(keys, 8)}
+    for part in gl.static_range(CONSUMERS):
+        q_lo = q_tile * BLOCK_M + part * 64
+        bring(q_desc, q_ring, turn * CONSUMERS + part, b, h, q_lo, CONSUMERS)
+
+    # -- the next tile of work; the last to ask leaves the counter as it was
+    asked = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if asked == works - 1:
+        tl.store(counter_ptr, 0)
+    work = gl.num_programs(0) + asked
+    give(next_ring, turn, work)
+    turn += 1
+    if count > 0:
+{indented(rest, 8)}'''
+        args = ("q_desc", "k_desc", "v_desc", *RINGS, "counter_ptr", "works", *self.known)
+        return self._define("produce", args, body)
 
     def _kernel(self, consume: Function, produce: Function) -> None:
-        body = '''\
-SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
-WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-q_tiles_sm = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
-k_sm = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-v_sm = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-out_sm = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS] + out_desc.block_type.shape, out_desc.layout)
-next_sm = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-ONE: gl.constexpr = mbarrier.MBarrierLayout()
-q_full = gl.allocate_shared_memory(gl.int64, [1], ONE)
-q_empty = gl.allocate_shared_memory(gl.int64, [1], ONE)
-k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
-k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
-v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
-v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
-next_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
-next_empty = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
-mbarrier.init(q_full, count=1)
-mbarrier.init(q_empty, count=CONSUMERS)
-for stage in gl.static_range(STAGES):
-    mbarrier.init(k_full.index(stage), count=1)
-    mbarrier.init(k_empty.index(stage), count=CONSUMERS)
-    mbarrier.init(v_full.index(stage), count=1)
-    mbarrier.init(v_empty.index(stage), count=CONSUMERS)
-for stage in gl.static_range(2):
-    mbarrier.init(next_full.index(stage), count=1)
-    mbarrier.init(next_empty.index(stage), count=CONSUMERS)
-fence_async_shared()
-'''
         def part(function: Function, **renamed: str) -> str:
             given = ", ".join(renamed.get(a, a) for a in function.extra)
             return f"({function.name}, ({given}))"
 
-        first, second = (part(consume, CONSUMER=str(at)) for at in range(2))
-        body += f'''\
+        consumers = [part(consume, CONSUMER=str(at)) for at in range(self.consumers)]
+        parts = "".join(f"        {one},\n" for one in (*consumers, part(produce)))
+        warps = [4] * (self.consumers - 1) + [1]
+        registers = ["REGISTERS"] * (self.consumers - 1) + ["24"]
+        out = ""
+        if not self.out_in_q:
+            shape = "[CONSUMERS] + out_desc.block_type.shape"
+            out = f"out_sm = gl.allocate_shared_memory(out_desc.dtype, {shape}, out_desc.layout)\n"
+        body = f"""\
+SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+q_ring = ring_of(q_desc, CONSUMERS, 1)
+k_ring = ring_of(k_desc, STAGES, CONSUMERS)
+v_ring = ring_of(v_desc, STAGES, CONSUMERS)
+{out}\
+works_sm = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+next_ring = works_sm, barriers(2, 1), barriers(2, CONSUMERS)
+fence_async_shared()
 gl.warp_specialize(
     [
-        {first},
-        {second},
-        {part(produce)},
-    ],
-    [4, 1],
-    [REGISTERS, 24],
+{parts}    ],
+    {warps},
+    [{", ".join(registers)}],
 )
-'''
+"""
         args = ("q_desc", "k_desc", "v_desc", "out_desc", "lse_ptr", "lse2_ptr", "counter_ptr")
         self._define("forward", (*args, "works", *self.known), body, kernel=True)
 
 
+class _Read:
+    """A function of the file that reads values ahead, and the line that calls it."""
+
+    def __init__(self, file: File, name: str, position: str, values: Sequence[Value]) -> None:
+        self.name, self.values = name, values
+        self.names = ", ".join(value.name for value in values)
+        self.extra: tuple[str, ...] = ()
+        self.line = ""
+        if values:
+            docs = {"read_row": "What a query reads once.", "read_keys": "What a key reads."}
+            doc = docs.get(name, "What the mask reads of a key.")
+            exprs = [value.expr for value in values]
+            function = file.function(name, doc, exprs, ("b", "h", position))
+            self.extra = function.extra
+            self.line = f"{self.names} = {function.call('b', 'h', position)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Tiles:
-    """The key tiles of a query tile, as the functions of a file number them."""
+    """Functions of a file that number the key tiles of a query tile."""
 
-    count: Function
+    place: Function
+    upcoming: Function
     partial: Function
-    full: Function | None = None
-
-    def __init__(self, found: Loop) -> None:
-        self.loop = found
-        self.partial_count = found.partial[0]
-        self.full_count = "0" if found.full is None else found.full[0]
-        texts = [*found.partial[1], *(found.full[1] if found.full else ())]
-        assigned = set(re.findall(r"^(\w+(?:, \w+)*) =", found.setup, re.MULTILINE))
-        assigned = {name for names in assigned for name in names.split(", ")}
-        words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text))
-        self.names = tuple(w for w in words if w in assigned and w not in _COUNTS)
+    full: Function | None
+    state: str
+    """What `place` returns."""
 
     def numbered(self, i: str) -> str:
         """Lines that set kv_tile to the number of the i-th tile, partial ones first."""
@@ -410,35 +485,48 @@ class Tiles:
         return f"if {i} < partial_count:\n    {partial}\nelse:\n    {full}"
 
 
-def _called(function: Function) -> str:
-    return f"{function.name}({', '.join(function.extra)})"
+def _numbers(found: Loop) -> tuple[str, ...]:
+    """The names, set before, that number a loop's tiles."""
+    texts = [*found.partial[1], *(found.full[1] if found.full else ())]
+    targets = re.findall(r"^(\w+(?:, \w+)*) =", found.setup, re.MULTILINE)
+    assigned = {name for names in targets for name in names.split(", ")} - {*COUNTS}
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text))
+    return tuple(word for word in words if word in assigned)
 
 
-_COUNTS = ("partial_count", "full_count")
+def _called(function: Function, renamed: dict[str, str]) -> str:
+    return f"{function.name}({', '.join(renamed.get(a, a) for a in function.extra)})"
+
+
+def _doc(text: str) -> str:
+    return f'"""{text}"""\n'
+
+
+TILE = ("b", "h", "q_tile", "kv_head")
+"""What names a query tile."""
+
+COUNTS = ("partial_count", "full_count")
 
 
 def _numbered(tiles: list[str]) -> str:
-    lines = [f"tile = {tile.format(tile='tile')}" for tile in tiles]
-    return "\n".join([*lines, "return tile"])
+    return "\n".join([*(f"tile = {tile.format(tile='tile')}" for tile in tiles), "return tile"])
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _softmax_lines(spec: Spec) -> str:
     plain = spec.lowering.plain
     top = "tl.max(score, 1) * (scale * 1.4426950408889634)" if plain else "tl.max(score, 1)"
     scaled = "score * (scale * 1.4426950408889634)" if plain else "score"
-    if plain:
-        safe = """\
-safe = m_new
-if MASKED:
-    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-"""
-    else:
-        safe = 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)\n'
+    safe = 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)'
+    safe = f"safe = m_new\nif MASKED:\n    {safe}" if plain else safe
     return f"""\
 if MASKED:
     score = tl.where(keep, score, float("-inf"))
 m_new = tl.maximum(m_i, {top})
-{safe}\
+{safe}
 alpha = tl.exp2(m_i - safe)
 p = tl.exp2({scaled} - safe[:, None])
 l_i = l_i * alpha + tl.sum(p, 1)

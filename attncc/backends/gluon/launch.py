@@ -10,8 +10,7 @@ from torch import Tensor
 from attncc.backends.gluon import configs
 from attncc.backends.gluon.forward import forward_source
 from attncc.backends.triton import launch
-from attncc.backends.triton.arguments import Values
-from attncc.backends.triton.configs import Config
+from attncc.backends.triton.configs import Config, Shape
 from attncc.backends.triton.kernels import Kernel, load
 from attncc.backends.triton.launch import Run
 from attncc.backends.triton.prepared import Prepared, again, layout, start, stream_of
@@ -33,9 +32,7 @@ def unsupported(run: Run, q: Tensor, v: Tensor) -> str:
 
 def columns(q: Tensor, v: Tensor) -> tuple[int, int]:
     """Columns of tiles of queries and keys, and of values."""
-    dim, value_dim = (
-        next(n for n in configs.DIMS if n >= x.shape[-1]) for x in (q, v)
-    )
+    dim, value_dim = (next(n for n in configs.DIMS if n >= x.shape[-1]) for x in (q, v))
     return dim, value_dim
 
 
@@ -56,22 +53,26 @@ def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     return out, lse, lse2
 
 
-def _kernel(spec: Spec) -> Kernel:
-    return load(f"{spec.name}_gluon_forward", forward_source(spec), ("forward",))["forward"]
+def _kernel(spec: Spec, consumers: int, out_in_q: bool) -> Kernel:
+    text = forward_source(spec, consumers, out_in_q)
+    return load(f"{spec.name}_gluon_forward", text, ("forward",))["forward"]
 
 
 def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     q, k, v, out = (tensors[name] for name in ("q", "k", "v", "out"))
     spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
-    kernel: Kernel = run._known(("gluon", id(spec)), lambda: _kernel(spec))
     dims = columns(q, v)
-    config = configs.default(launch.Shape(*dims, q.element_size()))
+    config = configs.default(Shape(*dims, q.element_size()))
     if run.configs and "gluon_forward" in run.configs:
         config = run.configs["gluon_forward"]
     values = launch.common(run, q, v)
     values["BLOCK_D"], values["BLOCK_DV"] = dims
     works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
     consumers = config.block_m // configs.ROWS
+    shape = Shape(*dims, q.element_size())
+    out_in_q = configs.shared_memory(config, shape, out_in_q=False) > shape.shared_limit
+    key = "gluon forward", id(spec), consumers, out_in_q
+    kernel: Kernel = run._known(key, lambda: _kernel(spec, consumers, out_in_q))
     values |= {"STAGES": config.num_stages, "CONSUMERS": consumers, "works": works}
     values |= {"REGISTERS": configs.registers(config)}
     values |= {f"{name}_ptr": tensors[name] for name in ("lse", "lse2")}
