@@ -44,6 +44,14 @@ class CallPlan(BoundPlan):
         return self.origin.found
 
     @property
+    def query_order(self) -> Tensor:
+        return self.origin.query_order
+
+    @property
+    def key_order(self) -> Tensor:
+        return self.origin.key_order
+
+    @property
     def counts(self) -> Counts:
         return self.origin.counts
 

@@ -116,7 +116,8 @@ def _blocks(plan: Plan) -> None:
 
 def _order(plan: Plan) -> None:
     by_work = Order.BY_WORK in (plan.query_order, plan.key_order)
-    assert by_work == (plan.blocks is Blocks.LISTS), "work is known per list"
+    known = plan.blocks is Blocks.LISTS or bool(plan.searches)
+    assert by_work == known, "work is counted where data decides it"
 
 
 def _loads(plan: Plan) -> None:
@@ -127,6 +128,6 @@ AFTER: dict[str, Callable[[Plan], None]] = {
     "fold_constants": _folded,
     "simplify": _folded,
     "choose_blocks": _blocks,
-    "choose_order": _order,  # after choose_blocks: ranges have no work counts to sort by
+    "choose_order": _order,  # after choose_blocks: lists count their work
     "prove_loads": _loads,
 }

@@ -10,8 +10,8 @@ from attncc.passes.monotone import direction
 
 
 def choose_order(plan: Plan) -> Plan:
-    """REVERSED where spans grow with the tile's number, BY_WORK for lists, else NATURAL."""
-    if plan.blocks is Blocks.LISTS:
+    """REVERSED where spans grow with the tile's number, BY_WORK where data says, else NATURAL."""
+    if plan.blocks is Blocks.LISTS or plan.searches:
         return replace(plan, query_order=Order.BY_WORK, key_order=Order.BY_WORK)
     query_order = _order(plan.key_ranges, Axis.Q)
     return replace(plan, query_order=query_order, key_order=_order(plan.query_ranges, Axis.KV))

@@ -89,6 +89,20 @@ class BoundPlan:
         return segments.evaluated(self._grid, ranges, Axis.Q, self.found).merged()
 
     @cached_property
+    def query_order(self) -> Tensor:
+        """int32 [B|1, H|1, q_tiles]: query tiles by their key ranges, longest first."""
+        ranges = self.plan.key_ranges
+        assert ranges is not None
+        return segments.by_work(self._grid, ranges, Axis.Q, self.found)
+
+    @cached_property
+    def key_order(self) -> Tensor:
+        """int32 [B|1, H|1, kv_tiles]: key tiles by their query ranges, longest first."""
+        ranges = self.plan.query_ranges
+        assert ranges is not None
+        return segments.by_work(self._grid, ranges, Axis.KV, self.found)
+
+    @cached_property
     def counts(self) -> Counts:
         """Tiles of each class, summed over batch and heads; O(tiles of one axis) for ranges."""
         if self.plan.blocks is Blocks.RANGES and self._key_table is not None:

@@ -25,8 +25,15 @@ def registers(config: Config) -> int:
     return {8: 240, 12: 160}[config.num_warps]
 
 
-def shared_memory(config: Config, shape: Shape, out_in_q: bool) -> int:
-    """Bytes of the tiles held at once."""
-    own = config.block_m * (shape.block_d + (0 if out_in_q else shape.block_dv))
+BARRIERS = 2048
+"""Bytes of shared memory for what is no tile: barriers, and descriptions of work."""
+
+
+def spare(config: Config, shape: Shape) -> tuple[bool, int]:
+    """Whether the output must leave through q's shared memory, and how many tiles of q it holds."""
     streamed = config.num_stages * config.block_n * (shape.block_d + shape.block_dv)
-    return shape.itemsize * (own + streamed)
+    room = shape.shared_limit - BARRIERS - shape.itemsize * streamed
+    q, out = (shape.itemsize * config.block_m * n for n in (shape.block_d, shape.block_dv))
+    if 2 * q + out <= room:
+        return False, 2
+    return (False, 1) if q + out <= room else (True, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncc.backends.gluon import dialect
 from attncc.backends.gluon.hoist import Value, hoisted
@@ -27,6 +27,7 @@ from attncc.backends.triton.sections import (
 )
 from attncc.backends.triton.text import indented
 from attncc.ir.expr import Axis
+from attncc.ir.plan import Blocks
 from attncc.ir.program import Normalize
 
 RING = '''
@@ -74,29 +75,27 @@ def ring_of(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
     return tiles, barriers(STAGES, 1), barriers(STAGES, READERS)
 '''
 
-NEXT = """
+WORDS = """
 @gluon.jit
-def give(ring, step, work):
-    \"\"\"Say which piece of work comes next.\"\"\"
-    works, full, empty = ring
-    mbarrier.wait(empty.index(step % 2), ((step // 2) & 1) ^ 1)
-    works.index(step % 2).store(gl.full([1], work, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-    mbarrier.arrive(full.index(step % 2))
+def put(words, at, number):
+    words.index(at).store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
 
 @gluon.jit
-def take(ring, step):
-    \"\"\"Which piece of work comes next.\"\"\"
-    works, full, empty = ring
-    mbarrier.wait(full.index(step % 2), (step // 2) & 1)
-    found = works.index(step % 2).load(gl.BlockedLayout([1], [32], [4], [0]))
-    mbarrier.arrive(empty.index(step % 2))
-    return gl.max(found, 0)
+def look(words, at):
+    return gl.max(words.index(at).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 """
 
-RELEASE_Q = "release(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS)"
+_ROWS = """\
+q_lo = q_tile * BLOCK_M + CONSUMER * 64
+rows = q_lo + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+"""
+
+NOTHING = Function("", (), (), "")
 
 RINGS = ("q_ring", "k_ring", "v_ring", "next_ring", "out_sm")
+TILE = ("work", "b", "h", "kv_head", "q_tile", "partial_count", "full_count", "first")
+"""What names a tile of work: a query tile, how many key tiles it has, and the first of them."""
 
 
 def forward_source(spec: Spec, consumers: int, out_in_q: bool) -> str:
@@ -126,7 +125,7 @@ class _Forward:
             _Read(self.file, "read_mask", "kv_idx", [v for v in values if v.of_keys and v.masks]),
         ]
         self.mods = Mods(self.file)
-        self.loop = loop(self.file, "q", "kv", "BLOCK_N")
+        self.loop = _walk(self.file)
         self.own = tuple(value.name for value in values)
         known = (*self.mods.extra, *self._sink_extra(), *LAST, *self.loop.extra)
         known += tuple(name for read in self.reads for name in read.extra)
@@ -136,8 +135,8 @@ class _Forward:
     def text(self) -> str:
         tiles, weigh = self._place(), self._weigh()
         consume = self._consume(tiles, weigh, self._attend(weigh))
-        self._kernel(consume, self._produce(tiles))
-        return dialect.text(self.file, "forward", [RING, NEXT, *(f.text for f in self.functions)])
+        self._kernel(consume, self._produce(tiles), len(tiles.names))
+        return dialect.text(self.file, "forward", [RING, *(f.text for f in self.functions)])
 
     def _define(self, name: str, args: Iterable[str], body: str, kernel: bool = False) -> Function:
         function = define(name, tuple(args), body, kernel=kernel)
@@ -148,39 +147,67 @@ class _Forward:
         sink = self.spec.lowering.sink
         return () if sink is None else self.file.extras([sink])
 
-    # -- which tiles
+    # -- tiles of work
 
     def _place(self) -> Tiles:
         """Functions that say where a piece of work lies and which key tiles it has."""
         text = which_tile(self.spec.lowering.plan.query_order, "q")
-        lines = text.replace("tl.program_id(0)", "work").strip().split("\n")[1:]
+        lines = text.replace("tl.program_id(0)", "at").strip().split("\n")[1:]
+        numbers = _numbers(self.loop)
+        counts = self.loop.partial[0], "0" if self.loop.full is None else self.loop.full[0]
+        tiles = self._numbering(numbers)
         body = _doc(
-            "A query tile and its key tiles, `swizzle` heads at a time; the partial ones first."
+            "A query tile and its key tiles, `swizzle` heads at a time; partial ones first."
         )
-        body += _lines([*lines, "kv_head = h // GROUP"])
+        body += _lines(["at = tl.minimum(work, works - 1)", *lines, "kv_head = h // GROUP"])
         if re.search(r"\bq_(lo|last)\b", self.loop.setup):
             body += "q_lo = q_tile * BLOCK_M\n"
         if re.search(r"\bq_last\b", self.loop.setup):
             body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n"
         body += f"\n{self.loop.setup.strip()}\n"
-        names = _numbers(self.loop)
-        full_count = "0" if self.loop.full is None else self.loop.full[0]
-        found = (*TILE, self.loop.partial[0], full_count, *names)
-        body += f"return {', '.join(found)}"
-        place = self._define("place", ("work", *self.known), body)
-        partial = _doc("The number of the i-th partial key tile.") + _numbered(self.loop.partial[1])
-        full = None
-        if self.loop.full is not None:
-            body = _doc("The number of the i-th unmasked key tile.") + _numbered(self.loop.full[1])
-            full = self._define("full_tile", ("i", *names), body)
-        body = _doc("The next piece of work and its place.")
-        body += "work = take(next_ring, turn)\n"
-        body += f"return work, {_called(place, {'work': 'tl.minimum(work, works - 1)'})}"
-        upcoming = self._define("upcoming", ("next_ring", "turn", "works", *place.extra[1:]), body)
-        state = ", ".join((*TILE, *COUNTS, *names))
-        return Tiles(
-            place, upcoming, self._define("partial_tile", ("i", *names), partial), full, state
-        )
+        body += _lines(f"{n} = {c}" for n, c in zip(COUNTS, counts, strict=True) if n != c)
+        body += f"""\
+
+# -- a tile without keys is given one; its mask keeps none of them
+first = 0
+if partial_count + full_count > 0:
+{indented(tiles.numbered("0", "first"))}
+partial_count = tl.maximum(partial_count, 1 - tl.minimum(full_count, 1))
+{_returned((*TILE, *numbers))}"""
+        names = (*TILE, *numbers)
+        place = self._define("place", ("work", "works", *self.known), body)
+        slots = len(names)
+        given = "".join(f"put(words, slot * {slots} + {i}, {n})\n" for i, n in enumerate(names))
+        found = "".join(f"{n} = look(words, slot * {slots} + {i})\n" for i, n in enumerate(names))
+        self.functions.append(Function("", (), (), WORDS))
+        body = f"""\
+{_doc("Tell the consumers their next tile of work.")}\
+words, full, empty = next_ring
+slot = turn % 2
+mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
+{given}\
+mbarrier.arrive(full.index(slot))"""
+        give = self._define("give", ("next_ring", "turn", *names), body)
+        body = f"""\
+{_doc("The next tile of work, as the producer describes it.")}\
+words, full, empty = next_ring
+slot = turn % 2
+mbarrier.wait(full.index(slot), (turn // 2) & 1)
+{found}\
+mbarrier.arrive(empty.index(slot))
+{_returned(names)}"""
+        take = self._define("take", ("next_ring", "turn"), body)
+        return replace(tiles, place=place, give=give, take=take, names=names)
+
+    def _numbering(self, numbers: tuple[str, ...]) -> Tiles:
+        def define(name: str, doc: str, tiles: list[str]) -> Function:
+            body = _doc(f"The number of the i-th {doc} key tile.") + _numbered(tiles)
+            return self._define(name, ("i", *numbers, *COUNTS, "index_ptr"), body)
+
+        partial = define("partial_tile", "partial", self.loop.partial[1])
+        if self.loop.full is None:
+            return Tiles(partial, None)
+        return Tiles(partial, define("full_tile", "unmasked", self.loop.full[1]))
 
     # -- one tile of keys
 
@@ -252,25 +279,67 @@ release(v_ring, step, STAGES)
 
     # -- partitions
 
+    def _begin(self, tiles: Tiles) -> Function:
+        read = self.reads[0]
+        body = f"""\
+{_doc("Take a tile of work, start its first product, and read what its queries need.")}\
+tile = take(next_ring, turn)
+{_unpacked(tiles.names, "tile")}
+q = arrived(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)
+k = arrived(k_ring, step, STAGES)
+score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+"""
+        if read.values:
+            body += f"{_ROWS}q_idx = rows\n"
+            body += _lines(positions(self.plain, Axis.Q, "q_idx", "q_len"))
+            body += f"{read.line}\n"
+        body += f"return {', '.join(('tile', 'score', *(v.name for v in read.values)))}"
+        args = (*RINGS, "turn", "step", "zero", *self.known)
+        names = {*tiles.names, *(value.name for value in read.values)}
+        return self._define("begin", [a for a in args if a not in names], body)
+
     def _consume(self, tiles: Tiles, weigh: Function, attend: Function) -> Function:
+        begin = self._begin(tiles)
+        targets = ", ".join(("tile_after", "score", *(v.name for v in self.reads[0].values)))
+        following = begin.assigned(targets, {"turn": "turn + 1", "step": "step + 1"})
+        release = "release(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)\n"
+        store = self._store()
+        if self.out_in_q:
+            end = f"""\
+acc = warpgroup_mma_wait(0, deps=(acc,))
+release(v_ring, step, STAGES)
+{store}
+tma.store_wait(0)
+{release}{following}
+"""
+        else:
+            end = f"""\
+{following}
+acc = warpgroup_mma_wait(1, deps=(acc,))
+release(v_ring, step, STAGES)
+{store}
+"""
         body = f"""\
 {_doc("The part of a warpgroup: 64 queries of each tile of work.")}\
 zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
 columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-work = gl.program_id(0)
 step = 0
 turn = 0
-{tiles.place.assigned("tile", {})}
-while work < works:
-    {tiles.state} = tile
+{begin.assigned(targets.replace("tile_after", "tile"), {})}
+score = warpgroup_mma_wait(0, deps=(score,))
+while tile[0] < works:
+{indented(_unpacked(tiles.names, "tile"))}
+    release(k_ring, step, STAGES)
 {indented(self._rows(weigh))}
-    q = arrived(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS)
-    if partial_count + full_count > 0:
-{indented(self._keys(tiles, weigh, attend), 8)}
-    else:
-        {tiles.upcoming.assigned("work, tile", {})}
-        {self._release_q}
-{indented(self._store())}
+{indented(self._keys(tiles, weigh, attend))}
+    {"" if self.out_in_q else release}
+    # -- the last values, and the first product of the next tile of work
+    v = arrived(v_ring, step, STAGES)
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+{indented(end)}
+    score = warpgroup_mma_wait(0, deps=(score,))
+    tile = tile_after
+    step += 1
     turn += 1
 tma.store_wait(0)"""
         args = (*RINGS, "out_desc", "lse_ptr", "lse2_ptr", "works", *self.known)
@@ -278,13 +347,9 @@ tma.store_wait(0)"""
 
     def _rows(self, weigh: Function) -> str:
         """Lines that begin a query tile."""
-        text = "q_lo = q_tile * BLOCK_M + CONSUMER * 64\n"
-        text += "rows = q_lo + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))\n"
-        read = self.reads[0]
-        if self.mods.rows or "q_idx" in weigh.extra or read.values:
+        text = _ROWS
+        if self.mods.rows or "q_idx" in weigh.extra:
             text += "q_idx = rows\n" + _lines(positions(self.plain, Axis.Q, "q_idx", "q_len"))
-        if read.values:
-            text += f"{read.line}\n"
         text += "acc = gl.zeros([64, BLOCK_DV], gl.float32, OUT)\n"
         if self.softmax:
             text += "l_i = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))\n"
@@ -292,7 +357,7 @@ tma.store_wait(0)"""
         return text
 
     def _keys(self, tiles: Tiles, weigh: Function, attend: Function) -> str:
-        """Lines that fold all key tiles of a query tile but wait for the last product."""
+        """Lines that fold all key tiles of a query tile but the last values."""
         state = ", ".join((*self.state, "step"))
 
         def walk(start: str, count: str, tile: Function, masked: str) -> str:
@@ -303,65 +368,19 @@ for i in range({start}, {count}):
 """
 
         text = f"""\
-k = arrived(k_ring, step, STAGES)
-score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-{tiles.numbered("0")}
+q = arrived(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)
+kv_tile = first
 {self._read_ahead("True")}\
-score = warpgroup_mma_wait(0, deps=(score,))
-release(k_ring, step, STAGES)
 {self._weighed(weigh, "p", "True")}
-p = gl.convert_layout(p.to(k.dtype), WEIGHTS, assert_trivial=True)
+p = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)
 {walk("1", "partial_count", tiles.partial, "True")}"""
         if tiles.full is not None:
             start = "1 - tl.minimum(partial_count, 1)"
             text += walk(start, "full_count", tiles.full, "False")
-        return (
-            text
-            + f"""\
-{self._release_q}
-v = arrived(v_ring, step, STAGES)
-acc = warpgroup_mma(p, v, acc, is_async=True)
-{tiles.upcoming.assigned("work, tile", {})}
-acc = warpgroup_mma_wait(0, deps=(acc,))
-release(v_ring, step, STAGES)
-step += 1"""
-        )
-
-    @property
-    def _release_q(self) -> str:
-        """After the last product with q, unless the output still leaves through it."""
-        return "" if self.out_in_q else RELEASE_Q
+        return text
 
     def _store(self) -> str:
-        text = ""
-        if self.softmax:
-            row = (
-                f"{self.mods.row_term.call(*self.mods.row_term.leading)}\n"
-                if self.mods.rows
-                else ""
-            )
-            text = "# -- a row that kept no key is 0 and its lse -inf\nempty = l_i == 0.0\n"
-            factor = "1.0 / tl.where(empty, 1.0, l_i)"
-            if self.spec.lowering.sink is not None:
-                lines, (sink,) = self.file.printer.body([self.spec.lowering.sink])
-                text += _lines([*lines, f"sink = {sink}", "sink *= 1.4426950408889634"])
-                text += f"m_i += {row}" if row else ""
-                text += """\
-m_new = tl.maximum(m_i, sink)
-alpha = tl.where(empty, 0.0, tl.exp2(m_i - m_new))
-l_i = l_i * alpha + tl.exp2(sink - m_new)
-m_i = m_new
-"""
-                factor, row = "alpha / l_i", ""
-            text += f"factor = gl.convert_layout({factor}, OUT_ROWS, assert_trivial=True)\n"
-            text += "acc = acc * factor[:, None]\nlse = m_i + tl.log2(l_i)\n"
-            text += f"lse += {row}" if row else ""
-            text += """\
-at = (b * heads + h).to(tl.int64) * q_len + rows
-tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse), mask=rows < q_len)
-lse = tl.where(empty, float("-inf"), lse * 0.6931471805599453)
-tl.store(lse_ptr + at, lse, mask=rows < q_len)
-"""
+        text = self._lse() if self.softmax else ""
         if self.out_in_q:
             text += "out = q_ring[0].index(CONSUMER)\n"
         else:
@@ -370,49 +389,76 @@ tl.store(lse_ptr + at, lse, mask=rows < q_len)
 out.reshape([64, BLOCK_DV]).store(acc.to(out.dtype))
 fence_async_shared()
 tma.async_copy_shared_to_global(out_desc, [b, h, q_lo, 0], out)"""
-        return text + (f"\ntma.store_wait(0)\n{RELEASE_Q}" if self.out_in_q else "")
+        return text
+
+    def _lse(self) -> str:
+        """Lines that divide by the sum of weights, and store its logarithm."""
+        text = "# -- a row that kept no key is 0 and its lse -inf\nempty = l_i == 0.0\n"
+        factor, lse2 = "1.0 / tl.where(empty, 1.0, l_i)", "lse"
+        if self.spec.lowering.sink is not None:
+            lines, (sink,) = self.file.printer.body([self.spec.lowering.sink])
+            text += _lines([*lines, f"sink = {sink}", "sink *= 1.4426950408889634"])
+            text += """\
+m_new = tl.maximum(m_i, sink)
+alpha = tl.where(empty, 0.0, tl.exp2(m_i - m_new))
+l_i = l_i * alpha + tl.exp2(sink - m_new)
+m_i = m_new
+"""
+            factor = "alpha / l_i"
+        text += f"factor = gl.convert_layout({factor}, OUT_ROWS, assert_trivial=True)\n"
+        text += "acc = acc * factor[:, None]\nlse = m_i + tl.log2(l_i)\n"
+        if self.mods.rows:
+            lse2 = "lse2"
+            text += f"lse2 = lse + {self.mods.row_term_at('reference_row(q_idx, kv_len)')}\n"
+            text += f"lse += {self.mods.row_term_at('q_idx')}\n"
+        return (
+            text
+            + f"""\
+at = (b * heads + h).to(tl.int64) * q_len + rows
+tl.store(lse2_ptr + at, tl.where(empty, float("inf"), {lse2}), mask=rows < q_len)
+lse = tl.where(empty, float("-inf"), lse * 0.6931471805599453)
+tl.store(lse_ptr + at, lse, mask=rows < q_len)
+"""
+        )
 
     def _produce(self, tiles: Tiles) -> Function:
-        keys = f"""\
-{tiles.numbered("0")}
-bring(k_desc, k_ring, step, b, kv_head, kv_tile * BLOCK_N, STAGES)"""
-        rest = f"""\
-{tiles.numbered("0")}
-for i in range(1, count):
-    last = kv_tile
-{indented(tiles.numbered("i"))}
-    bring(k_desc, k_ring, step + 1, b, kv_head, kv_tile * BLOCK_N, STAGES)
-    bring(v_desc, v_ring, step, b, kv_head, last * BLOCK_N, STAGES)
-    step += 1
-bring(v_desc, v_ring, step, b, kv_head, kv_tile * BLOCK_N, STAGES)
-step += 1"""
-        body = f'''\
-"""The part of the warp that brings tiles, ahead of those that consume them."""
+        body = f"""\
+{_doc("The part of the warp that brings tiles, ahead of those that consume them.")}\
 work = gl.program_id(0)
 step = 0
 turn = 0
-while work < works:
-    {tiles.place.assigned(tiles.state, {})}
-    count = partial_count + full_count
-    if count > 0:
-{indented(keys, 8)}
+more = True
+while more:
+    tile = {_called(tiles.place, {})}
+{indented(_unpacked(tiles.names, "tile"))}
+    {_called(tiles.give, {})}
+    bring(k_desc, k_ring, step, b, kv_head, first * BLOCK_N, STAGES)
     for part in gl.static_range(CONSUMERS):
         q_lo = q_tile * BLOCK_M + part * 64
-        bring(q_desc, q_ring, turn * CONSUMERS + part, b, h, q_lo, CONSUMERS)
+        bring(q_desc, q_ring, turn * CONSUMERS + part, b, h, q_lo, CONSUMERS * Q_STAGES)
 
-    # -- the next tile of work; the last to ask leaves the counter as it was
-    asked = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    if asked == works - 1:
-        tl.store(counter_ptr, 0)
-    work = gl.num_programs(0) + asked
-    give(next_ring, turn, work)
-    turn += 1
-    if count > 0:
-{indented(rest, 8)}'''
+    more = work < works
+    if more:
+        # -- what comes after; the last to ask leaves the counter as it was
+        asked = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if asked == works - 1:
+            tl.store(counter_ptr, 0)
+        work = gl.num_programs(0) + asked
+
+        kv_tile = first
+        for i in range(1, partial_count + full_count):
+            last = kv_tile
+{indented(tiles.numbered("i", "kv_tile"), 12)}
+            bring(k_desc, k_ring, step + 1, b, kv_head, kv_tile * BLOCK_N, STAGES)
+            bring(v_desc, v_ring, step, b, kv_head, last * BLOCK_N, STAGES)
+            step += 1
+        bring(v_desc, v_ring, step, b, kv_head, kv_tile * BLOCK_N, STAGES)
+        step += 1
+        turn += 1"""
         args = ("q_desc", "k_desc", "v_desc", *RINGS, "counter_ptr", "works", *self.known)
         return self._define("produce", args, body)
 
-    def _kernel(self, consume: Function, produce: Function) -> None:
+    def _kernel(self, consume: Function, produce: Function, slots: int) -> None:
         def part(function: Function, **renamed: str) -> str:
             given = ", ".join(renamed.get(a, a) for a in function.extra)
             return f"({function.name}, ({given}))"
@@ -430,12 +476,14 @@ SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 1
 OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
 OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
 WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-q_ring = ring_of(q_desc, CONSUMERS, 1)
+q_ring = ring_of(q_desc, CONSUMERS * Q_STAGES, 1)
 k_ring = ring_of(k_desc, STAGES, CONSUMERS)
 v_ring = ring_of(v_desc, STAGES, CONSUMERS)
 {out}\
-works_sm = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-next_ring = works_sm, barriers(2, 1), barriers(2, CONSUMERS)
+words = gl.allocate_shared_memory(
+    gl.int32, [{2 * slots}, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+)
+next_ring = words, barriers(2, 1), barriers(2, CONSUMERS)
 fence_async_shared()
 gl.warp_specialize(
     [
@@ -467,22 +515,39 @@ class _Read:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Functions of a file that number the key tiles of a query tile."""
+    """Functions of a file that find tiles of work, and number their key tiles."""
 
-    place: Function
-    upcoming: Function
     partial: Function
     full: Function | None
-    state: str
+    place: Function = NOTHING
+    give: Function = NOTHING
+    take: Function = NOTHING
+    names: tuple[str, ...] = ()
     """What `place` returns."""
 
-    def numbered(self, i: str) -> str:
-        """Lines that set kv_tile to the number of the i-th tile, partial ones first."""
-        partial = self.partial.assigned("kv_tile", {"i": i})
+    def numbered(self, i: str, target: str) -> str:
+        """Lines that set `target` to the number of the i-th tile, partial ones first."""
+        partial = self.partial.assigned(target, {"i": i})
         if self.full is None:
             return partial
-        full = self.full.assigned("kv_tile", {"i": f"{i} - partial_count"})
+        full = self.full.assigned(target, {"i": f"{i} - partial_count"})
         return f"if {i} < partial_count:\n    {partial}\nelse:\n    {full}"
+
+
+def _walk(file: File) -> Loop:
+    """How a query tile walks key tiles; what numbers them are integers, which a ring can hold."""
+    if file.spec.lowering.plan.blocks is not Blocks.LISTS:
+        return loop(file, "q", "kv", "BLOCK_N")
+    setup = """\
+# -- its tiles, from the lists
+list_row = b * count_stride_b + h * count_stride_h + q_tile
+full_count = tl.load(full_count_ptr + list_row)
+partial_count = tl.load(partial_count_ptr + list_row)
+list_start = tl.load(start_ptr + list_row).to(tl.int32)
+"""
+    full = ["tl.load(index_ptr + list_start + i).to(tl.int32)"]
+    partial = ["tl.load(index_ptr + list_start + full_count + i).to(tl.int32)"]
+    return Loop(setup, ("full_count", full), ("partial_count", partial))
 
 
 def _numbers(found: Loop) -> tuple[str, ...]:
@@ -498,12 +563,23 @@ def _called(function: Function, renamed: dict[str, str]) -> str:
     return f"{function.name}({', '.join(renamed.get(a, a) for a in function.extra)})"
 
 
+def _unpacked(names: Sequence[str], value: str) -> str:
+    line = f"{', '.join(names)} = {value}"
+    return line if len(line) < 88 else f"{_tupled(names)} = {value}"
+
+
+def _returned(names: Sequence[str]) -> str:
+    line = f"return {', '.join(names)}"
+    return line if len(line) < 92 else f"return {_tupled(names)}"
+
+
+def _tupled(names: Sequence[str]) -> str:
+    return "(\n" + "".join(f"    {name},\n" for name in names) + ")"
+
+
 def _doc(text: str) -> str:
     return f'"""{text}"""\n'
 
-
-TILE = ("b", "h", "q_tile", "kv_head")
-"""What names a query tile."""
 
 COUNTS = ("partial_count", "full_count")
 

@@ -25,6 +25,10 @@ def unsupported(run: Run, q: Tensor, v: Tensor) -> str:
         return "it is for sm_90"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, and q is {str(q.dtype).removeprefix('torch.')}"
+    if 0 in q.shape or 0 in v.shape:
+        return "there is nothing to attend"
+    if v.shape[-1] % 8:
+        return f"its output's rows are multiples of 16 bytes, and v has {v.shape[-1]} columns"
     if max(q.shape[-1], v.shape[-1]) > configs.DIMS[-1]:
         return f"it has no kernel for head dims above {configs.DIMS[-1]}"
     return ""
@@ -70,10 +74,11 @@ def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
     consumers = config.block_m // configs.ROWS
     shape = Shape(*dims, q.element_size())
-    out_in_q = configs.shared_memory(config, shape, out_in_q=False) > shape.shared_limit
+    out_in_q, q_stages = configs.spare(config, shape)
     key = "gluon forward", id(spec), consumers, out_in_q
     kernel: Kernel = run._known(key, lambda: _kernel(spec, consumers, out_in_q))
     values |= {"STAGES": config.num_stages, "CONSUMERS": consumers, "works": works}
+    values["Q_STAGES"] = q_stages
     values |= {"REGISTERS": configs.registers(config)}
     values |= {f"{name}_ptr": tensors[name] for name in ("lse", "lse2")}
     values["q_desc"] = described(q, configs.ROWS, dims[0])

@@ -104,7 +104,7 @@ def scale_of(plan: Plan, binding: Binding) -> float:
 def traits(plan: Plan) -> Traits:
     """What of a plan moves its best schedule."""
     masked = plan.mask != TRUE
-    short = masked and (plan.blocks is Blocks.LISTS or plan.query_order is Order.NATURAL)
+    short = masked and plan.query_order is not Order.REVERSED
     plain = not masked and plan.score == Score()
     return Traits(plain, short, listed=plan.blocks is Blocks.LISTS)
 
@@ -249,6 +249,10 @@ def tiled(run: Run, values: Values, side: str, config: Config, width: int) -> in
         }
         _head_strides(values, "count", lists.full_count)
         _head_strides(values, "order", lists.order)
+    elif order is Order.BY_WORK:
+        bound = run.bound.retiled((config.block_m, config.block_n))
+        values["order_ptr"] = bound.query_order if side == "q" else bound.key_order
+        _head_strides(values, "order", values["order_ptr"])
     return tiles * binding.batch * width
 
 
@@ -263,6 +267,8 @@ def _swizzle(run: Run, order: Order, width: int) -> int:
     binding = run.bound.binding
     if order is Order.NATURAL:
         return 1
+    if run.bound.plan.searches:  # rows read little, and all of them are put in order
+        return max(1, binding.batch * width)
     group = max(1, width // binding.kv_heads)
     bytes_a_head = 2 * binding.kv_len * binding.head_dim * 2
     fit = int(L2_SHARE * _l2_bytes(binding.device)) // max(bytes_a_head, 1)
