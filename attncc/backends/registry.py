@@ -14,6 +14,7 @@ from attncc.settings import settings
 from attncc.tiles import BoundPlan
 
 if TYPE_CHECKING:
+    from attncc.backends.triton.launch import Forward
     from attncc.backends.triton.tune import Tuned
 
 Result = tuple[Tensor, Tensor | None]
@@ -33,7 +34,9 @@ def choose(name: str | None, device: torch.device) -> Backend:
     """
     name = name or settings().backend
     if name == "auto":
-        name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        if device.type == "cuda":
+            return _gpu
+        name = {"cpu": "cpu"}.get(device.type)
         if name is None:
             raise UnsupportedError(
                 f"no backend is made for {device.type} tensors",
@@ -59,19 +62,52 @@ def _cpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool)
     return cpu.attention(cpu.retiled(bound), q, k, v)  # sums in one order, always
 
 
+def _gpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+    """Warp-specialised kernels where there are some, else Triton's."""
+    _check_triton(q, v)
+    from attncc.backends.gluon.launch import unsupported
+
+    return (_triton if unsupported(q, v) else _gluon)(bound, q, k, v, deterministic)
+
+
+def _gluon(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+    _check_triton(q, v)
+    from attncc.backends.gluon.launch import forward, unsupported
+
+    if reason := unsupported(q, v):
+        raise UnsupportedError(
+            f"the gluon backend cannot run this call: {reason}",
+            hint="leave the backend to be chosen, or ask for backend='triton'",
+        )
+    return _run(bound, q, k, v, deterministic, forward)
+
+
 def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
     _check_triton(q, v)
+    return _run(bound, q, k, v, deterministic)
+
+
+def _run(
+    bound: BoundPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    deterministic: bool,
+    forward: Forward | None = None,
+) -> Result:
+    """Triton's kernels, but for the forward if another is given."""
     from attncc.backends.triton.autograd import attention
     from attncc.backends.triton.launch import Run, scale_of
     from attncc.ir.program import Normalize
     from attncc.numeric import index_bits
 
     plan, binding = bound.plan, bound.binding
-    name = f"triton run, deterministic={deterministic}"
+    name = f"{'triton' if forward is None else 'gluon'} run, deterministic={deterministic}"
     run = bound.kept.get(name)
     if not isinstance(run, Run):
         wide = index_bits(plan, binding) == 64
-        run = Run(bound, scale_of(plan, binding), wide=wide, deterministic=deterministic)
+        scale = scale_of(plan, binding)
+        run = Run(bound, scale, wide=wide, deterministic=deterministic, forward=forward)
         bound.kept[name] = run
     out, lse = attention(run, q, k, v)
     return out, lse if plan.program.normalize is Normalize.SOFTMAX else None
@@ -121,4 +157,4 @@ def _check_triton(q: Tensor, v: Tensor) -> None:
         )
 
 
-BACKENDS: dict[str, Backend] = {"dense": _dense, "cpu": _cpu, "triton": _triton}
+BACKENDS: dict[str, Backend] = {"dense": _dense, "cpu": _cpu, "triton": _triton, "gluon": _gluon}

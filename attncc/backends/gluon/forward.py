@@ -91,6 +91,22 @@ q_lo = q_tile * BLOCK_M + CONSUMER * 64
 rows = q_lo + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
 """
 
+ASK = """
+@gluon.jit
+def ask(counter_ptr, works):
+    \"\"\"The piece of work after the next; the last to ask leaves the counter as it was.\"\"\"
+    asked = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if asked == works + gl.num_programs(0) - 1:
+        tl.store(counter_ptr, 0)
+    return gl.num_programs(0) + asked
+"""
+
+IN_A_ROW = "IN_A_ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])\n"
+"""A number of each key in turn, which one load reads; by pairs, each thread would read many."""
+
+READ = ("scale", "b", "h", "kv_tile", "columns")
+"""What reading a tile's keys ahead takes."""
+
 NOTHING = Function("", (), (), "")
 
 RINGS = ("q_ring", "k_ring", "v_ring", "next_ring", "out_sm")
@@ -129,7 +145,7 @@ class _Forward:
         self.own = tuple(value.name for value in values)
         known = (*self.mods.extra, *self._sink_extra(), *LAST, *self.loop.extra)
         known += tuple(name for read in self.reads for name in read.extra)
-        self.known = tuple(name for name in dict.fromkeys(known) if name not in self.own)
+        self.known = tuple(name for name in dict.fromkeys(known) if name not in (*self.own, *TILE))
         """What any function may be given beyond its own variables."""
 
     def text(self) -> str:
@@ -217,7 +233,11 @@ mbarrier.arrive(empty.index(slot))
         for value in spec.values:
             line = f"{value.name} = {value.name}{value.suffix}\n"
             body += f"if MASKED:\n    {line}" if value.masks else line if value.suffix else ""
-        body += score_lines(self.file, self.mods, "score").replace("score = score\n", "", 1)
+        lines = score_lines(self.file, self.mods, "score").replace("score = score\n", "", 1)
+        if spec.bounded:
+            lines = lines.replace("    inside = kv_idx < kv_len\n", "")
+            lines = lines.replace("    keep = keep & inside[None, :]\n", "")
+        body += lines
         if self.softmax:
             doc = '"""Weights of a tile of scores beside the running softmax (l_i, m_i)."""\n'
             body += _softmax_lines(spec) + "return p, l_i, m_i, alpha"
@@ -236,13 +256,14 @@ mbarrier.arrive(empty.index(slot))
             if not read.values:
                 continue
             if not text:
-                text = "kv_idx = kv_tile * BLOCK_N + columns\n"
+                text = "kv_idx = kv_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=IN_A_ROW)\n"
+                text = IN_A_ROW + text
                 text += _lines(positions(self.plain, Axis.KV, "kv_idx", "kv_len"))
             if read.name == "read_mask":
                 unread = "".join(f"    {value.name} = columns\n" for value in read.values)
-                text += f"if {masked}:\n    {read.line}\nelse:\n{unread}"
+                text += f"if {masked}:\n{indented(read.lines)}\nelse:\n{unread}"
             else:
-                text += f"{read.line}\n"
+                text += f"{read.lines}\n"
         return text
 
     def _attend(self, weigh: Function) -> Function:
@@ -264,7 +285,7 @@ release(v_ring, step, STAGES)
         body += "p = gl.convert_layout(new.to(v.dtype), WEIGHTS, assert_trivial=True)\n"
         body += f"return {', '.join(self.state)}, step + 1"
         args = dict.fromkeys((*self.state, "step", "q", *RINGS, "zero", "columns", *weigh.extra))
-        read = [name for r in self.reads[1:] for name in (*r.extra, "b", "h", "kv_tile", "columns")]
+        read = [name for r in self.reads[1:] for name in (*r.extra, *READ)]
         keys = [v.name for r in self.reads[1:] for v in r.values]
         local = ("score", "alpha", *keys)
         return self._define("attend", [a for a in (*args, *read) if a not in local], body)
@@ -425,6 +446,7 @@ tl.store(lse_ptr + at, lse, mask=rows < q_len)
         body = f"""\
 {_doc("The part of the warp that brings tiles, ahead of those that consume them.")}\
 work = gl.program_id(0)
+after = ask(counter_ptr, works)
 step = 0
 turn = 0
 more = True
@@ -439,12 +461,6 @@ while more:
 
     more = work < works
     if more:
-        # -- what comes after; the last to ask leaves the counter as it was
-        asked = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if asked == works - 1:
-            tl.store(counter_ptr, 0)
-        work = gl.num_programs(0) + asked
-
         kv_tile = first
         for i in range(1, partial_count + full_count):
             last = kv_tile
@@ -452,9 +468,12 @@ while more:
             bring(k_desc, k_ring, step + 1, b, kv_head, kv_tile * BLOCK_N, STAGES)
             bring(v_desc, v_ring, step, b, kv_head, last * BLOCK_N, STAGES)
             step += 1
+        work = after
+        after = ask(counter_ptr, works)  # while the ring is full
         bring(v_desc, v_ring, step, b, kv_head, kv_tile * BLOCK_N, STAGES)
         step += 1
         turn += 1"""
+        self.functions.append(Function("", (), (), ASK))
         args = ("q_desc", "k_desc", "v_desc", *RINGS, "counter_ptr", "works", *self.known)
         return self._define("produce", args, body)
 
@@ -508,9 +527,16 @@ class _Read:
             docs = {"read_row": "What a query reads once.", "read_keys": "What a key reads."}
             doc = docs.get(name, "What the mask reads of a key.")
             exprs = [value.expr for value in values]
-            function = file.function(name, doc, exprs, ("b", "h", position))
+            leading = ("scale", "b", "h", position)
+            function = file.function(name, doc, exprs, leading)
             self.extra = function.extra
-            self.line = f"{self.names} = {function.call('b', 'h', position)}"
+            self.line = f"{self.names} = {function.call(*leading)}"
+
+    @property
+    def lines(self) -> str:
+        """Reads of keys, each handed to the threads that have its pairs."""
+        beside = "gl.convert_layout({0}, gl.SliceLayout(0, SCORES))"
+        return "\n".join([self.line, *(f"{v.name} = {beside.format(v.name)}" for v in self.values)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a warpgroup reads ahead of a tile's scores: captured values of queries alone, or of keys.
+"""What a warpgroup finds out ahead of a tile's scores: values of its queries alone, or its keys.
 
 Memory is read before the products that it would otherwise be waited for after: what depends on the
 query once a query tile, what depends on the key while q is multiplied with that tile of keys.
@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+from attncc.backends.triton.lower import Lowering, between, row_ends
 from attncc.backends.triton.sections import Params, Spec
+from attncc.ir import ops
 from attncc.ir.expr import (
+    KV_IDX,
+    Q_IDX,
+    Q_LAST,
+    Q_LO,
     Apply,
     Axis,
     Expr,
@@ -25,6 +31,9 @@ from attncc.ir.expr import (
     walk,
 )
 from attncc.ir.rewrite import postorder
+
+DIVISIONS = ops.FLOORDIV, ops.MOD
+"""What is worth computing once for a row or a column of pairs, as reading memory is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,8 @@ class AheadSpec(Spec):
     """A Spec whose mods are given values by name."""
 
     values: tuple[Value, ...] = ()
+    bounded: bool = False
+    """The mask keeps no position that has no key."""
 
     @property
     def params(self) -> Params:
@@ -61,7 +72,7 @@ class AheadSpec(Spec):
 
 def hoisted(spec: Spec) -> AheadSpec:
     """The spec with what can be read ahead taken out of its mask and score."""
-    lowering = spec.lowering
+    lowering, bounded = _by_rows(spec.lowering)
     cancel = lowering.plan.row_terms_cancel and not lowering.plain
     parts: dict[Expr, Value] = {}
     for expr, masks in ((lowering.score, False), (lowering.mask, True)):
@@ -78,11 +89,35 @@ def hoisted(spec: Spec) -> AheadSpec:
     mask = None if lowering.mask is None else _replaced(lowering.mask, parts)
     score = _replaced(lowering.score, parts)
     given["lowering"] = replace(lowering, mask=mask, score=score)
-    return AheadSpec(**given, values=tuple(parts.values()))
+    return AheadSpec(**given, values=tuple(parts.values()), bounded=bounded)
+
+
+def _by_rows(lowering: Lowering) -> tuple[Lowering, bool]:
+    """With a mask that compares keys with ends found once a row, where the plan has such.
+
+    A mask of pairs takes more instructions in each of them, beside a product that takes few.
+    """
+    plan = lowering.plan
+    ends = row_ends(plan, plan.key_ranges, {Q_LO: Q_IDX, Q_LAST: Q_IDX})
+    if lowering.mask is None or ends is None:
+        return lowering, False
+    bounded = all(_ends_in_time(hi) for _, hi in ends)
+    return replace(lowering, mask=between(KV_IDX, ends)), bounded
+
+
+def _ends_in_time(expr: Expr) -> bool:
+    """Whether it is the number of keys at most."""
+    match expr:
+        case Scalar(param):
+            return param.name == "kv_len"
+        case Apply(ops.MIN, args):
+            return any(map(_ends_in_time, args))
+        case _:
+            return False
 
 
 def _parts(expr: Expr) -> Iterator[Expr]:
-    """The largest parts that read tensors at one side's positions at most."""
+    """The largest parts of one side's positions at most that read tensors, or divide."""
     if _is_part(expr):
         yield expr
         return
@@ -95,7 +130,8 @@ def _is_part(expr: Expr) -> bool:
     if not isinstance(expr, Apply | Load) or axes(expr) & pair == pair:
         return False
     nodes = list(walk(expr))
-    return any(isinstance(n, Load) for n in nodes) and not any(isinstance(n, Score) for n in nodes)
+    worth = any(isinstance(n, Load) or getattr(n, "op", None) in DIVISIONS for n in nodes)
+    return worth and not any(isinstance(n, Score) for n in nodes)
 
 
 def _replaced(expr: Expr, by: dict[Expr, Value]) -> Expr:

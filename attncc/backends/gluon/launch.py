@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,12 +18,10 @@ from attncc.backends.triton.prepared import Prepared, again, layout, start, stre
 from attncc.backends.triton.sections import Spec
 
 
-def unsupported(run: Run, q: Tensor, v: Tensor) -> str:
+def unsupported(q: Tensor, v: Tensor) -> str:
     """Why no warp-specialised kernel serves a call; empty where one does."""
-    if not q.is_cuda or torch.version.hip is not None:
-        return "it is for NVIDIA GPUs"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
-        return "it is for sm_90"
+    if not (q.is_cuda and _is_hopper(q.device)):
+        return f"it is for sm_90, and q is on {q.device}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, and q is {str(q.dtype).removeprefix('torch.')}"
     if 0 in q.shape or 0 in v.shape:
@@ -32,6 +31,11 @@ def unsupported(run: Run, q: Tensor, v: Tensor) -> str:
     if max(q.shape[-1], v.shape[-1]) > configs.DIMS[-1]:
         return f"it has no kernel for head dims above {configs.DIMS[-1]}"
     return ""
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def columns(q: Tensor, v: Tensor) -> tuple[int, int]:
@@ -66,7 +70,7 @@ def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     q, k, v, out = (tensors[name] for name in ("q", "k", "v", "out"))
     spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
     dims = columns(q, v)
-    config = configs.default(Shape(*dims, q.element_size()))
+    config = configs.default(Shape(*dims, q.element_size()), run.bound.plan)
     if run.configs and "gluon_forward" in run.configs:
         config = run.configs["gluon_forward"]
     values = launch.common(run, q, v)

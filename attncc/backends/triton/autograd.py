@@ -19,10 +19,14 @@ def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     captured = [run.bound.binding.tensors[name] for name in names]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captured))
     if not wanted and not _transformed():
-        return launch.forward(run, q, k, v)[:2]
+        return _forward(run, q, k, v)[:2]
     apply: Any = _Attention.apply
     result: tuple[Tensor, Tensor] = apply(run, names, q, k, v, *captured)
     return result
+
+
+def _forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (run.forward or launch.forward)(run, q, k, v)
 
 
 def _transformed() -> bool:
@@ -44,7 +48,7 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         *captured: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, lse2 = launch.forward(run, q, k, v)
+        out, lse, lse2 = _forward(run, q, k, v)
         ctx.run, ctx.names = run, names
         ctx.save_for_backward(q, k, v, out, lse2, *captured)
         ctx.set_materialize_grads(False)

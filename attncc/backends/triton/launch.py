@@ -27,6 +27,14 @@ from attncc.ir.expr import TRUE, Score
 from attncc.ir.plan import Blocks, Order, Plan
 from attncc.tiles import BoundPlan
 
+SEARCHED_HEADS = 8
+"""About how many heads run side by side where rows of tiles are put in order by searches.
+
+The last ones' short rows then fill the GPU to the end; with more, the rows that run at one time
+lie further apart than the L2 holds (documents on an H100, of 32 heads: all at once take 1.5 times
+as long as one after the other).
+"""
+
 L2_SHARE = 0.5
 """How much of the L2 the heads in flight may fill with keys and values."""
 
@@ -35,6 +43,10 @@ L2_SHARE = 0.5
 def lowered(plan: Plan, half: bool, ptx: bool, descriptors: bool, wide: bool) -> Spec:
     """The spec of a plan's kernels; one object for equal arguments."""
     return Spec(lower(plan), half, ptx, descriptors, wide)
+
+
+Forward = Callable[["Run", Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(run, q, k, v) to (out, lse, lse2), as `forward` describes them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Run:
     configs: Mapping[str, Config] | None = None
     descriptors: bool | None = None
     """None chooses: where the GPU has them and the strides allow."""
+    forward: Forward | None = None
+    """Instead of this module's own."""
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Kernels and schedules already looked up."""
     ready: dict[Hashable, Prepared | None] = field(default_factory=dict, compare=False, repr=False)
@@ -267,8 +281,9 @@ def _swizzle(run: Run, order: Order, width: int) -> int:
     binding = run.bound.binding
     if order is Order.NATURAL:
         return 1
-    if run.bound.plan.searches:  # rows read little, and all of them are put in order
-        return max(1, binding.batch * width)
+    if run.bound.plan.searches:
+        heads = binding.batch * width
+        return max(1, math.ceil(heads / max(1, round(heads / SEARCHED_HEADS))))
     group = max(1, width // binding.kv_heads)
     bytes_a_head = 2 * binding.kv_len * binding.head_dim * 2
     fit = int(L2_SHARE * _l2_bytes(binding.device)) // max(bytes_a_head, 1)

@@ -115,19 +115,32 @@ def _mask(
     """
     if plan.mask == TRUE:
         return None
-    if plan.blocks is not Blocks.RANGES or not plan.searches:
-        return plan.mask
-    if ranges is None or not ranges.complete:
-        return plan.mask
+    found = row_ends(plan, ranges, ends) if plan.searches else None
+    return plan.mask if found is None else between(position, found)
+
+
+Ends = tuple[tuple[Expr, Expr], ...]
+"""(lo, hi) of segments that one row keeps."""
+
+
+def row_ends(plan: Plan, ranges: Ranges | None, ends: Mapping[Expr, Index]) -> Ends | None:
+    """The ranges of single rows where they say all that the mask says, in 32 bits if it does."""
+    if plan.blocks is not Blocks.RANGES or ranges is None or not ranges.complete:
+        return None
     found = {search.tensor for search in plan.searches}
     if any(_scaled(end, found) for s in ranges.visit for end in (s.lo, s.hi)):
-        return plan.mask  # what is FAR leaves 32 bits
+        return None  # what is FAR leaves 32 bits
     simplify = Rewriter(RULES)
-    parts = []
-    for segment in ranges.visit:
-        lo, hi = (simplify(_replaced(end, ends)) for end in (segment.lo, segment.hi))
-        above = simplify.make(ops.GE, position, lo)
-        parts.append(simplify.make(ops.AND, above, simplify.make(ops.LT, position, hi)))
+    replaced = ([simplify(_replaced(end, ends)) for end in (s.lo, s.hi)] for s in ranges.visit)
+    return tuple((lo, hi) for lo, hi in replaced)
+
+
+def between(position: Index, found: Ends) -> Expr:
+    """Whether a position lies in one of the segments."""
+    make = Rewriter(RULES).make
+    parts = (
+        make(ops.AND, make(ops.GE, position, lo), make(ops.LT, position, hi)) for lo, hi in found
+    )
     return disjunction(tuple(parts))
 
 
