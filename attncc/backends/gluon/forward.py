@@ -314,15 +314,20 @@ score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             body += f"{_ROWS}q_idx = rows\n"
             body += _lines(positions(self.plain, Axis.Q, "q_idx", "q_len"))
             body += f"{read.line}\n"
-        body += f"return {', '.join(('tile', 'score', *(v.name for v in read.values)))}"
+        body += f"return {', '.join(('tile', *(v.name for v in read.values), 'score'))}"
         args = (*RINGS, "turn", "step", "zero", *self.known)
         names = {*tiles.names, *(value.name for value in read.values)}
         return self._define("begin", [a for a in args if a not in names], body)
 
     def _consume(self, tiles: Tiles, weigh: Function, attend: Function) -> Function:
         begin = self._begin(tiles)
-        targets = ", ".join(("tile_after", "score", *(v.name for v in self.reads[0].values)))
-        following = begin.assigned(targets, {"turn": "turn + 1", "step": "step + 1"})
+        read = ["tile", *(v.name for v in self.reads[0].values)]
+        begun = f"{', '.join(read)}, score"
+        # The tile that is stored still needs its own.
+        after = [f"{name}_after" for name in read]
+        following = begin.assigned(
+            f"{', '.join(after)}, score", {"turn": "turn + 1", "step": "step + 1"}
+        )
         release = "release(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)\n"
         store = self._store()
         if self.out_in_q:
@@ -346,7 +351,7 @@ zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
 columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
 step = 0
 turn = 0
-{begin.assigned(targets.replace("tile_after", "tile"), {})}
+{begin.assigned(begun, {})}
 score = warpgroup_mma_wait(0, deps=(score,))
 while tile[0] < works:
 {indented(_unpacked(tiles.names, "tile"))}
@@ -359,7 +364,7 @@ while tile[0] < works:
     acc = warpgroup_mma(p, v, acc, is_async=True)
 {indented(end)}
     score = warpgroup_mma_wait(0, deps=(score,))
-    tile = tile_after
+{indented(_lines(f"{one} = {other}" for one, other in zip(read, after, strict=True)))}\
     step += 1
     turn += 1
 tma.store_wait(0)"""
