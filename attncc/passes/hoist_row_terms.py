@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from attncc.ir import ops
-from attncc.ir.expr import Apply, Axis, Expr, Score, apply, axes, walk
+from attncc.ir.expr import Apply, Axis, Expr, Load, Score, apply, axes, walk
+from attncc.ir.ops import Kind
 from attncc.ir.plan import Note, Plan
 from attncc.ir.program import Normalize
 
@@ -20,15 +21,37 @@ class Term:
 
 
 def hoist_row_terms(plan: Plan) -> Plan:
-    """Sets row_terms_cancel; refuses other normalizations, sinks, terms over both tokens."""
+    """Sets row_terms_cancel; refuses other normalizations, sinks, terms over both tokens.
+
+    Kernels take one row of a tile for all of them, so that its term must neither be infinite nor so
+    large that the others' scores vanish beside it, as masks by -inf or -1e9 are.
+    """
     program = plan.program
     if program.normalize is not Normalize.SOFTMAX or program.sink is not None:
         return plan
     split = split_score(plan.score)
-    if split is None or not split[0]:
+    if split is None or not split[0] or not all(_is_tame(term.expr) for term in split[0]):
         return plan
     note = Note("hoist_row_terms", "score terms that are constant over a row cancel in the softmax")
     return replace(plan, row_terms_cancel=True, notes=(*plan.notes, note))
+
+
+TAME = {
+    *(ops.ADD, ops.SUB, ops.MUL, ops.NEG, ops.ABS, ops.MIN, ops.MAX),
+    *(ops.FLOORDIV, ops.MOD, ops.INT, ops.FLOAT),
+}
+
+
+def _is_tame(expr: Expr) -> bool:
+    """Whether a row term is about as large as positions are, whatever the tensors hold."""
+    for node in walk(expr):
+        if not axes(node) & Axis.Q:
+            continue
+        if isinstance(node, Apply) and node.op not in TAME:
+            return False
+        if isinstance(node, Load) and node.tensor.kind is not Kind.INT:
+            return False
+    return True
 
 
 def split_score(score: Expr) -> tuple[tuple[Term, ...], tuple[Term, ...]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,23 @@ def test_row_terms_far_beyond_the_keys_round_nothing() -> None:
         value = exact.values[name]
         error = (found.values[name] - value).abs().max() / value.abs().max()
         assert error < 2e-6, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("value", [-math.inf, -1e9, 1e9, math.nan])
+def test_what_one_row_adds_to_its_scores_stays_in_it(value: float) -> None:
+    text = "mask = q_idx >= kv_idx\n    score = score + bias[q_idx]"
+    attention = attncc.compile(f"attention rows(bias: float[q_len]):\n    {text}\n")
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 40, 16, generator=rng, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(40)
+    bias[[0, 16, 39]] = value
+    rows = bias == 0
+    found, wanted = (
+        attention(q, k, v, bias=bias, backend=name)[:, :, rows] for name in ("triton", "dense")
+    )
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    grads = [torch.autograd.grad(out.square().sum(), q)[0][:, :, rows] for out in (found, wanted)]
+    torch.testing.assert_close(*grads, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])

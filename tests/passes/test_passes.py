@@ -52,16 +52,19 @@ def test_deep_expressions_are_analysed(op) -> None:
     [
         ("score", False),
         ("score + slope[h] * (kv_idx - q_idx)", True),
-        ("score + bias[q_idx]", True),
+        ("score + bias[q_idx]", False),
+        ("score - 0.5 * place[q_idx] + 0.1 * place[kv_idx]", True),
+        ("score + where(q_idx < 9, 0.0, -1e9)", False),
+        ("score + 1.0 / q_idx", False),
         ("score + bias[kv_idx]", False),
-        ("score - 2.0 * (bias[q_idx] - bias[kv_idx])", True),
+        ("score - 2.0 * (bias[q_idx] - bias[kv_idx])", False),
         ("score * 2.0 + bias[q_idx]", False),
         ("tanh(score) + bias[q_idx]", False),
         ("score + bias[q_idx] * bias[kv_idx]", False),
     ],
 )
 def test_row_terms(score: str, cancels: bool) -> None:
-    params = "slope: float[heads], bias: float[q_len]"
+    params = "slope: float[heads], bias: float[q_len], place: int[q_len]"
     (program,) = parse(f"attention t({params}):\n    score = {score}\n")
     assert analyze(program).row_terms_cancel is cancels
 
