@@ -129,7 +129,7 @@ def _fold(file: File, mods: BackwardMods, side: str) -> Function:
     rows = ["lse2_ptr", "delta_ptr"] if side == "kv" else ["lse", "delta"]
     where = ["q_tile", "kv_idx"] if side == "kv" else ["kv_tile", "q_idx", "q_lo"]
     args = [*_state(mods, side), *mine, *sides(spec, *other), *rows, "b", "h", "kv_head", *where]
-    args += ["q_len", "kv_len", "scale", *mods.extra, *_pair_args(mods)]
+    args += ["q_len", "kv_len", "scale", *mods.extra, *pair_args(mods)]
     if side == "kv":
         body = f'"""Add one tile of queries to {state}; tiles are [keys, queries]."""\n'
         body += _kv_tile(file, mods)
@@ -138,7 +138,7 @@ def _fold(file: File, mods: BackwardMods, side: str) -> Function:
     return define(f"fold_{side}", args, f"{body}return {state}")
 
 
-def _pair_args(mods: BackwardMods) -> list[str]:
+def pair_args(mods: BackwardMods) -> list[str]:
     args = []
     for gradient, name, _, _ in mods.pairs():
         args += [f"{name}_ptr", f"{name}_top_ptr"]
@@ -154,17 +154,17 @@ def _kv_tile(file: File, mods: BackwardMods) -> str:
     body += 'qk = tl.dot(k, q.T, input_precision="ieee")\n'
     body += score_lines(file, mods, "qk", transposed=True)
     if spec.lowering.softmax:
-        body += _lse_lines(mods) + _probability(spec, "[None, :]")
+        body += _lse_lines(mods) + probability_lines(spec, "[None, :]")
     else:
-        body += _weight(spec)
+        body += weight_lines(spec)
     body += tile_load(spec, "dout", "q_lo", "BLOCK_M", "BLOCK_DV", head="h", length="q_len")
     body += 'dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")\n'
     if spec.lowering.softmax:
         body += "delta = tl.load(delta_ptr + rows, mask=rows < q_len, other=0.0)\n"
     body += 'dp = tl.dot(v, dout.T, input_precision="ieee")\n'
-    body += _ds(spec, "[None, :]")
+    body += ds_lines(spec, "[None, :]")
     q, kv = "q_idx[None, :]", "kv_idx[:, None]"
-    body += _sums(mods, "kv", q, kv) + _sloped(mods, q, kv)
+    body += sum_lines(mods, "kv", q, kv) + slope_lines(mods, q, kv)
     start += "q_idx = rows\n" if "q_idx" in body else ""
     return start + body + 'dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")\n'
 
@@ -176,11 +176,11 @@ def _q_tile(file: File, mods: BackwardMods) -> str:
         body += tile_load(spec, name, "kv_lo", "BLOCK_N", columns, head="kv_head", length="kv_len")
     body += 'qk = tl.dot(q, k.T, input_precision="ieee")\n'
     body += score_lines(file, mods, "qk")
-    body += _probability(spec, "[:, None]") if spec.lowering.softmax else _weight(spec)
+    body += probability_lines(spec, "[:, None]") if spec.lowering.softmax else weight_lines(spec)
     body += 'dp = tl.dot(dout, v.T, input_precision="ieee")\n'
-    body += _ds(spec, "[:, None]")
+    body += ds_lines(spec, "[:, None]")
     q, kv = "q_idx[:, None]", "kv_idx[None, :]"
-    body += _sums(mods, "q", q, kv) + _pairs(mods, q, kv) + _sloped(mods, q, kv)
+    body += sum_lines(mods, "q", q, kv) + pair_lines(mods, q, kv) + slope_lines(mods, q, kv)
     return body + 'dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")\n'
 
 
@@ -192,18 +192,18 @@ def _lse_lines(mods: BackwardMods) -> str:
     return f'lse = tl.load(lse2_ptr + rows, mask=rows < q_len, other=float("inf"))\n{row}'
 
 
-def _probability(spec: Spec, rows: str) -> str:
+def probability_lines(spec: Spec, rows: str) -> str:
     scaled = f"score * (scale * {LOG2E})" if spec.lowering.plain else "score"
     return f"p = tl.exp2({scaled} - lse{rows})\nif MASKED:\n    p = tl.where(keep, p, 0.0)\n"
 
 
-def _weight(spec: Spec) -> str:
+def weight_lines(spec: Spec) -> str:
     sigmoid = spec.lowering.normalize is Normalize.SIGMOID
     weight = "tl.sigmoid(score)" if sigmoid else "score"
     return f"p = {weight}\nif MASKED:\n    p = tl.where(keep, p, 0.0)\n"
 
 
-def _ds(spec: Spec, rows: str) -> str:
+def ds_lines(spec: Spec, rows: str) -> str:
     match spec.lowering.normalize:
         case Normalize.SOFTMAX:
             return f"ds = p * (dp - delta{rows})\n"
@@ -213,7 +213,7 @@ def _ds(spec: Spec, rows: str) -> str:
             return "ds = dp\nif MASKED:\n    ds = tl.where(keep, ds, 0.0)\n"
 
 
-def _sums(mods: BackwardMods, side: str, q: str, kv: str) -> str:
+def sum_lines(mods: BackwardMods, side: str, q: str, kv: str) -> str:
     lines = ""
     for name, factor in mods.sums(side):
         value = factor.call("qk", "scale", "b", "h", q, kv)
@@ -223,7 +223,7 @@ def _sums(mods: BackwardMods, side: str, q: str, kv: str) -> str:
     return lines
 
 
-def _pairs(mods: BackwardMods, q: str, kv: str) -> str:
+def pair_lines(mods: BackwardMods, q: str, kv: str) -> str:
     lines = ""
     for gradient, name, factor, index in mods.pairs():
         value = factor.call("qk", "scale", "b", "h", q, kv)
@@ -255,7 +255,7 @@ def add_pairs(pointers, values, keep, top_ptr, FIXED_POINT: tl.constexpr):
 '''
 
 
-def _sloped(mods: BackwardMods, q: str, kv: str) -> str:
+def slope_lines(mods: BackwardMods, q: str, kv: str) -> str:
     if mods.slope is None:
         return ""
     value = mods.slope.call("qk", "scale", "b", "h", q, kv)
@@ -325,7 +325,7 @@ def _kernel_q(file: File, mods: BackwardMods, fold: Function) -> Function:
     sums = [name for name, _ in mods.sums("q")]
     args = [*sides(spec, "q", "k", "v", "dout"), "dq_ptr", *strides("dq"), "lse2_ptr", "delta_ptr"]
     tiles = loop(file, "q", "kv", "BLOCK_N")
-    args += [*(f"{name}_ptr" for name in sums), *_pair_args(mods)]
+    args += [*(f"{name}_ptr" for name in sums), *pair_args(mods)]
     args += [*mods.extra, *LAST, *tiles.extra]
     body = which_tile(plan.query_order, "q")
     body += "kv_head = h // GROUP\nq_lo = q_tile * BLOCK_M\n"

@@ -1,0 +1,171 @@
+"""Runs the warp-specialised backward: each row's delta, then all gradients, then dq rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.backends.gluon.backward import NAMES, backward_source
+from attncc.backends.gluon.launch import _is_hopper, described
+from attncc.backends.triton import gradients, launch
+from attncc.backends.triton.arguments import Values
+from attncc.backends.triton.configs import Config
+from attncc.backends.triton.kernels import Kernel, load
+from attncc.backends.triton.launch import Gradients, Run, strided
+from attncc.backends.triton.prepared import Prepared, again, layout, start, stream_of
+from attncc.backends.triton.sections import Spec
+
+DIMS = (64, 128)
+"""Columns of tiles that are printed; narrower heads are padded."""
+
+PAIRS = 8192
+"""Numbers of a block of queries, [128, 64] or [64, 128]."""
+
+KEYS = 128
+STAGES = 2
+REGISTERS = 240
+
+
+def unsupported(run: Run, q: Tensor, v: Tensor) -> str:
+    """Why no warp-specialised backward serves a call; empty where one does."""
+    if not (q.is_cuda and _is_hopper(q.device)):
+        return f"it is for sm_90, and q is on {q.device}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, and q is {str(q.dtype).removeprefix('torch.')}"
+    if 0 in q.shape or 0 in v.shape:
+        return "there is nothing to attend"
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] % 8:
+            return f"rows are multiples of 16 bytes, and {name} has {x.shape[-1]} columns"
+    if max(q.shape[-1], v.shape[-1]) > DIMS[-1]:
+        return f"it has no kernel for head dims above {DIMS[-1]}"
+    if run.deterministic:
+        return "it adds to dq in the order that programs come"
+    return ""
+
+
+def backward(
+    run: Run,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse2: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+) -> Gradients:
+    """As `triton.launch.backward`."""
+    with launch._on(q.device):
+        q, k, v, dout = launch.in_rows(run, q, k, v, dout)
+        return _Backward(run, q, k, v, out, lse2, dout, dlse).gradients()
+
+
+class _Backward:
+    """The kernels of one backward, one after another."""
+
+    def __init__(
+        self,
+        run: Run,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse2: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+    ) -> None:
+        self.run, self.has_dlse = run, dlse is not None
+        self.lowering = run.lowering
+        self.dim = next(n for n in DIMS if n >= max(q.shape[-1], v.shape[-1]))
+        self.rows = PAIRS // self.dim
+        """Queries of a block."""
+        self.q_tiles = math.ceil(q.shape[2] / self.rows)
+        batch, heads, q_len = q.shape[:3]
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        self.buffers = gradients.buffers(run, self.lowering, lse2)
+        self.tensors = {"q": q, "k": k, "v": v, "out": out, "lse2": lse2, "dout": dout}
+        self.tensors |= {"dq": dq, "dk": dk, "dv": dv, **self.buffers}
+        self.tensors["dlse"] = lse2 if dlse is None else dlse.float().contiguous()
+        # One block more: where programs add what they have before their first block.
+        self.tensors["dq_sum"] = lse2.new_empty(batch * heads * self.q_tiles + 1, PAIRS)
+        if self.lowering.softmax:
+            padded = lse2.new_empty(2, batch, heads, self.q_tiles * self.rows)
+            self.tensors["lse_rows"], self.tensors["delta_rows"] = padded
+            self.delta = padded[1, ..., :q_len]
+        self.layout = self.has_dlse, *layout(q, k, v, out, dout, dq, dk, dv)
+
+    def gradients(self) -> Gradients:
+        tensors = self.tensors
+        stream = stream_of(tensors["q"])
+        begin = "delta" if self.lowering.softmax else "clear"
+        self._again(begin, stream, lambda: self._first_of_blocks(begin))
+        self._again("backward", stream, self._first_backward)
+        self._again("round_dq", stream, lambda: self._first_of_blocks("round_dq"))
+        captured = gradients.collected(self.run, self.lowering, self.buffers)
+        if self.lowering.sink is not None:
+            gradients.add_sink(self.run, captured, tensors["lse2"], self.delta)
+        return Gradients(tensors["dq"], tensors["dk"], tensors["dv"], captured)
+
+    def _again(self, what: str, stream: int | None, first: Callable[[], Prepared | None]) -> None:
+        again(self.run.ready, (f"gluon {what}", *self.layout), self.tensors, stream, first)
+
+    @property
+    def _kernels(self) -> dict[str, Kernel]:
+        run = self.run
+        spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
+        found: dict[str, Kernel] = run._known(("gluon backward", id(spec)), lambda: _loaded(spec))
+        return found
+
+    def _values(self) -> Values:
+        """What every kernel may name."""
+        tensors = self.tensors
+        values = launch.common(self.run, tensors["q"], tensors["v"])
+        for name in ("out", "dout", "dq"):
+            strided(values, name, tensors[name])
+        values |= gradients.arguments(self.run, self.lowering, self.buffers)
+        names = ("lse2", "dlse", "dq_sum", "lse_rows", "delta_rows")
+        values |= {f"{name}_ptr": tensors[name] for name in names if name in tensors}
+        values |= {"HAS_DLSE": self.has_dlse, "BLOCK_D": self.dim, "BLOCK_M": self.rows}
+        return values | {"q_tiles": self.q_tiles}
+
+    def _first_of_blocks(self, name: str) -> Prepared | None:
+        """Starts a kernel that has a program for each block of queries."""
+        batch, heads = self.tensors["q"].shape[:2]
+        grid = self.q_tiles, batch * heads
+        config = Config(1, 1, 4, 1)
+        return start(self._kernels[name], grid, self._values(), self.tensors, config)
+
+    def _first_backward(self) -> Prepared | None:
+        run, tensors = self.run, self.tensors
+        config = Config(self.rows, KEYS, 8, STAGES)
+        if run.configs and "gluon_backward" in run.configs:
+            config = run.configs["gluon_backward"]
+        values = self._values()
+        grid = launch.tiled(run, values, "kv", config, run.bound.binding.kv_heads)
+        values |= {"STAGES": config.num_stages, "REGISTERS": REGISTERS, "nought": 0}
+        for name in ("q", "dout"):
+            values[f"{name}_desc"] = described(tensors[name], self.rows, self.dim)
+        for name in ("k", "v", "dk", "dv"):
+            values[f"{name}_desc"] = described(tensors[name], KEYS // 2, self.dim)
+        for name in ("lse_rows", "delta_rows"):
+            if name in tensors:
+                values[f"{name}_desc"] = _in_line(tensors[name], self.rows)
+        return start(self._kernels["backward"], (grid,), values, tensors, Config(1, 1, 4, 1))
+
+
+def _loaded(spec: Spec) -> dict[str, Kernel]:
+    names = ("delta" if spec.lowering.softmax else "clear", *NAMES)
+    return load(f"{spec.name}_gluon_backward", backward_source(spec), names)
+
+
+def _in_line(x: Tensor, count: int) -> Any:
+    """A descriptor of `count` numbers at a time of a contiguous tensor."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    shared = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [count], shared)
