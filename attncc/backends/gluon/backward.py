@@ -243,11 +243,11 @@ mbarrier.wait(its_ds.index(slot), phase)
 dq = start_dq(ds_sm, k_sm, slot, nought, BLOCK_M, BLOCK_D, CONSUMER, QUARTER)
 dk = warpgroup_mma(slopes, q, dk, is_async=True)
 dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
-add_dq(dq, dq_sum_ptr, block_before, CONSUMER, QUARTER)
+add_dq(dq, dq_sum_ptr, tile_before, CONSUMER, QUARTER)
 dk = warpgroup_mma_wait(0, deps=(dk,))
 mbarrier.arrive(my_done.index(slot))
 return {state}'''
-        args = [*self.state, "step", "block_before", *LINES, *SIGNS]
+        args = [*self.state, "step", "tile_before", *LINES, *SIGNS]
         args += ["columns", "b", "h", "kv_head", "q_tile", *(v.name for v in self.keys)]
         return self.define("fold", [*args, *self.known], body)
 
@@ -349,7 +349,7 @@ tl.atomic_add({name}_at, tl.sum({name}_ds, 0), mask=rows < q_len, sem="relaxed")
 for i in range({start}, {end}):
     {tile.assigned("q_tile", {})}
     {fold.assigned(", ".join(self.state), {"MASKED": masked})}
-    block_before = (b * heads + h) * q_tiles + q_tile
+    tile_before = (b * heads + h) * q_tiles + q_tile
     step += 1
 """
 
@@ -373,7 +373,7 @@ dv = gl.zeros([64, BLOCK_D], gl.float32, SUMS)
 
 # -- before the first block: nothing, which is added to a block of sums that nobody reads
 show(gl.zeros([64, BLOCK_M], ds_sm.dtype, SCORES), ds_sm, my_ds, 0, CONSUMER)
-block_before = batch * heads * q_tiles
+tile_before = batch * heads * q_tiles
 step = 0
 mbarrier.wait(kv_full.index(0), 0)
 for g in range(0, GROUP):
@@ -384,7 +384,7 @@ for g in range(0, GROUP):
 mbarrier.wait(its_ds.index(step % STAGES), (step // STAGES) & 1)
 dq = start_dq(ds_sm, k_sm, step % STAGES, 0, BLOCK_M, BLOCK_D, CONSUMER, QUARTER)
 dq = warpgroup_mma_wait(0, deps=(dq,))
-add_dq(dq, dq_sum_ptr, block_before, CONSUMER, QUARTER)
+add_dq(dq, dq_sum_ptr, tile_before, CONSUMER, QUARTER)
 
 # -- store both through this warpgroup's values, which it has done with
 kv_lo = kv_tile * BLOCK_N + CONSUMER * 64
@@ -407,11 +407,11 @@ tma.store_wait(0)'''
             more = "lse_rows_desc.block_type.nbytes + delta_rows_desc.block_type.nbytes"
             size = f"(\n    {size}\n    + {more}\n)"
         rows = "".join(
-            f"        tma.async_copy_global_to_shared({n}_rows_desc, [block * BLOCK_M], "
+            f"        tma.async_copy_global_to_shared({n}_rows_desc, [row_tile * BLOCK_M], "
             f"full.index(slot), {n}_sm.index(slot))\n"
             for n in names
         )
-        block = "        block = (b * heads + h) * q_tiles + q_tile\n" if names else ""
+        block = "        row_tile = (b * heads + h) * q_tiles + q_tile\n" if names else ""
         body = f'''\
 """The part of the warp that brings keys and values, then blocks of queries."""
 {tiles.mine}

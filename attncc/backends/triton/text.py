@@ -175,6 +175,11 @@ _OWN = re.compile(
     r"|at|columns|dlse|forward|g|gather|in_order|own|rows|start|summarize|top|total|whole|m_new|lse2"
     r"|.*_(head|keys|kv|list|lists|pairs|q|queries|row|slope|ds|at_\d+|(lo|hi)_\d+)"
     r"|(q|kv)_(int|float|terms|values|ends)"
+    # of warp-specialised kernels
+    r"|step|slot|phase|free|half|nought|zero|weights|slopes|after|full|stored|new|works?|words"
+    r"|(row|column|head)_\d+|.*_(sm|ring|full|done|block|after)|in_a_row|barriers|show|fold|place"
+    r"|add_dq|start_dq|round_dq|clear|backward|consume|produce|blocks_of|tiles_of|read_(key|query)"
+    r"|bring|arrived|release|ring_of|put|look|give|take|weigh|begin|ask|asked|found|sigmoid|gl"
 )
 
 
