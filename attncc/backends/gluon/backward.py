@@ -57,6 +57,13 @@ def barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
+def row_tile_of(q_tile, b, h, batch, heads, q_tiles):
+    """The number of a block among all heads'; behind them all where no head has such queries."""
+    end = batch * heads * q_tiles
+    return gl.where(q_tile < q_tiles, (b * heads + h) * q_tiles + q_tile, end)
+
+
+@gluon.jit
 def show(ds, ds_sm, my_ds, slot, CONSUMER: gl.constexpr):
     """Hand this warpgroup's half of ds to both."""
     ds_sm.index(slot * 2 + CONSUMER).store(ds)
@@ -349,7 +356,7 @@ tl.atomic_add({name}_at, tl.sum({name}_ds, 0), mask=rows < q_len, sem="relaxed")
 for i in range({start}, {end}):
     {tile.assigned("q_tile", {})}
     {fold.assigned(", ".join(self.state), {"MASKED": masked})}
-    tile_before = (b * heads + h) * q_tiles + q_tile
+    tile_before = row_tile_of(q_tile, b, h, batch, heads, q_tiles)
     step += 1
 """
 
@@ -411,7 +418,9 @@ tma.store_wait(0)'''
             f"full.index(slot), {n}_sm.index(slot))\n"
             for n in names
         )
-        block = "        row_tile = (b * heads + h) * q_tiles + q_tile\n" if names else ""
+        block = ""
+        if names:
+            block = "        row_tile = row_tile_of(q_tile, b, h, batch, heads, q_tiles)\n"
         body = f'''\
 """The part of the warp that brings keys and values, then blocks of queries."""
 {tiles.mine}
