@@ -8,7 +8,19 @@ from dataclasses import fields, replace
 from attncc.backends.gluon.hoist import AheadSpec, Value, _parts, _replaced
 from attncc.backends.triton.lower import Lowering, between, row_ends
 from attncc.backends.triton.sections import Spec
-from attncc.ir.expr import KV_IDX, KV_LAST, KV_LO, Q_IDX, Axis, Expr, axes
+from attncc.ir.expr import (
+    KV_IDX,
+    KV_LAST,
+    KV_LO,
+    Q_IDX,
+    Apply,
+    Axis,
+    Expr,
+    axes,
+    children,
+    kind,
+)
+from attncc.ir.ops import Kind
 
 
 def beside(value: Value) -> str:
@@ -50,13 +62,23 @@ def _taken(
     expr: Expr, found: dict[Expr, Value], *, masks: bool = False, heads_only: bool = False
 ) -> Expr:
     """The expression with its parts replaced by values, which join those found."""
-    mine = list(_allowed(_parts(expr), heads_only))
+    mine = list(_allowed(_numbers(expr), heads_only))
     for part in mine:
         if part not in found:
             varies = axes(part)
             side = "row" if varies & Axis.Q else "column" if varies & Axis.KV else "head"
             found[part] = Value(f"{side}_{len(found)}", part, masks)
     return _replaced(expr, {part: found[part] for part in mine})
+
+
+def _numbers(expr: Expr) -> Iterable[Expr]:
+    """What to read ahead: of a condition its numbers, which other conditions may need too."""
+    for part in _parts(expr):
+        if isinstance(part, Apply) and kind(part) is Kind.BOOL:
+            for child in children(part):
+                yield from _numbers(child)
+        else:
+            yield part
 
 
 def _allowed(parts: Iterable[Expr], heads_only: bool) -> Iterable[Expr]:
