@@ -11,7 +11,7 @@ from torch import Tensor
 from attncc.backends import dense
 from attncc.backends.triton import autograd
 from attncc.backends.triton.configs import Config
-from attncc.backends.triton.launch import Run, scale_of
+from attncc.backends.triton.launch import Forward, Run, scale_of
 from attncc.binding import Binding
 from attncc.ir.plan import Plan
 from attncc.ir.program import Program
@@ -117,6 +117,7 @@ def by_kernels(
     deterministic: bool = False,
     wide: bool = False,
     configs: Mapping[str, Config] = SMALL,
+    forward: Forward | None = None,
     seed: int = 1,
 ) -> Result:
     """The same by generated kernels, in float32."""
@@ -130,6 +131,7 @@ def by_kernels(
         deterministic=deterministic,
         configs=configs,
         descriptors=descriptors,
+        forward=forward,
     )
     out, lse = autograd.attention(run, q, k, v)
     softmax = plan.program.normalize.value == "softmax"

@@ -104,7 +104,7 @@ def ask(counter_ptr, works):
 IN_A_ROW = "IN_A_ROW: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])\n"
 """A number of each key in turn, which one load reads; by pairs, each thread would read many."""
 
-READ = ("scale", "b", "h", "kv_tile", "columns")
+READ = ("scale", "b", "h", "kv_tile", "kv_len", "columns")
 """What reading a tile's keys ahead takes."""
 
 NOTHING = Function("", (), (), "")
@@ -234,7 +234,8 @@ mbarrier.arrive(empty.index(slot))
             line = f"{value.name} = {value.name}{value.suffix}\n"
             body += f"if MASKED:\n    {line}" if value.masks else line if value.suffix else ""
         lines = score_lines(self.file, self.mods, "score").replace("score = score\n", "", 1)
-        if spec.bounded:
+        # Positions kept readable would pass for the last key's.
+        if spec.bounded and not positions(self.file, Axis.KV, "kv_idx", "kv_len"):
             lines = lines.replace("    inside = kv_idx < kv_len\n", "")
             lines = lines.replace("    keep = keep & inside[None, :]\n", "")
         body += lines

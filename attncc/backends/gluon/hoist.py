@@ -101,17 +101,28 @@ def _by_rows(lowering: Lowering) -> tuple[Lowering, bool]:
     ends = row_ends(plan, plan.key_ranges, {Q_LO: Q_IDX, Q_LAST: Q_IDX})
     if lowering.mask is None or ends is None:
         return lowering, False
-    bounded = all(_ends_in_time(hi) for _, hi in ends)
+    bounded = bool(ends) and all(_ends_in_time(between(KV_IDX, (end,))) for end in ends)
     return replace(lowering, mask=between(KV_IDX, ends)), bounded
 
 
-def _ends_in_time(expr: Expr) -> bool:
+def _ends_in_time(mask: Expr) -> bool:
+    """Whether it compares the key with kv_len, which simplification may have found true of any."""
+    match mask:
+        case Apply(ops.AND, args):
+            return any(map(_ends_in_time, args))
+        case Apply(ops.LT, (position, end)):
+            return position == KV_IDX and _is_short(end)
+        case _:
+            return False
+
+
+def _is_short(expr: Expr) -> bool:
     """Whether it is the number of keys at most."""
     match expr:
         case Scalar(param):
             return param.name == "kv_len"
         case Apply(ops.MIN, args):
-            return any(map(_ends_in_time, args))
+            return any(map(_is_short, args))
         case _:
             return False
 

@@ -90,7 +90,7 @@ def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     values["v_desc"] = described(v, config.block_n, dims[1])
     values["out_desc"] = described(out, configs.ROWS, dims[1])
     values["counter_ptr"] = torch.zeros(1, dtype=torch.int32, device=q.device)
-    grid = min(works, _processors(q.device))
+    grid = min(works, run.programs or _processors(q.device))
     return start(kernel, (grid,), values, tensors, Config(1, 1, 4, config.num_stages))
 
 

@@ -62,6 +62,8 @@ class Run:
     """None chooses: where the GPU has them and the strides allow."""
     forward: Forward | None = None
     """Instead of this module's own."""
+    programs: int | None = None
+    """Of kernels whose programs take tile after tile; None: one for each multiprocessor."""
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Kernels and schedules already looked up."""
     ready: dict[Hashable, Prepared | None] = field(default_factory=dict, compare=False, repr=False)

@@ -164,7 +164,8 @@ class File:
         extra = self.extras(outputs)
         lines, texts = self.printer.body(outputs)
         if self.spec.wide:
-            lines = [f"{i} = {i}.to(tl.int64)" for i in ("q_idx", "kv_idx")] + lines
+            wide = [i for i in ("q_idx", "kv_idx") if i in leading]
+            lines = [f"{i} = {i}.to(tl.int64)" for i in wide] + lines
         body = "\n".join([f'"""{doc}"""', *lines, f"return {', '.join(texts)}"])
         head = f"def {name}({', '.join((*leading, *extra))}):"
         function = Function(name, tuple(leading), extra, f"@triton.jit\n{head}\n{indented(body)}\n")

@@ -1,0 +1,126 @@
+"""Warp-specialised forwards, on a GPU made of threads, against the dense interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attncc.backends.gluon.forward import forward_source
+from attncc.backends.triton import launch
+from attncc.backends.triton.configs import Config
+from attncc.backends.triton.launch import Run
+from attncc.binding import Binding
+from attncc.frontend import parse
+from attncc.inputs import Lengths
+from attncc.ir.plan import Blocks
+from attncc.ir.program import Program
+from tests import strategies
+from tests.cases import bindings
+from tests.interpreted import gluon
+from tests.interpreted.harness import check, inputs
+from tests.interpreted.test_kernels import EXAMPLES, bind, load
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a forward is printed and started; few programs, so that each has many tiles of work."""
+
+    consumers: int = 2
+    block_n: int = 16
+    stages: int = 2
+    out_in_q: bool = False
+    q_stages: int = 2
+    programs: int = 2
+
+    def forward(self, run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if run.bound.plan.blocks is Blocks.LISTS and self.consumers == 3:
+            return replace(self, consumers=2).forward(run, q, k, v)
+        config = Config(64 * self.consumers, self.block_n, 4 * self.consumers, self.stages)
+        spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
+        out = np.full((*q.shape[:3], v.shape[-1]), np.nan, np.float32)
+        lse, lse2 = (np.full(q.shape[:3], np.nan, np.float32) for _ in range(2))
+        values = launch.common(run, q, v)
+        works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
+        counter = np.zeros(1, np.int32)
+        values |= {"lse_ptr": lse.reshape(-1), "lse2_ptr": lse2.reshape(-1), "works": works}
+        values |= {"STAGES": self.stages, "Q_STAGES": self.q_stages, "CONSUMERS": self.consumers}
+        values |= {"counter_ptr": counter, "REGISTERS": 240}
+        tiles = {"q": (64, q), "k": (self.block_n, k), "v": (self.block_n, v)}
+        for name, (rows, x) in tiles.items():
+            block = 1, 1, rows, values["BLOCK_DV" if name == "v" else "BLOCK_D"]
+            values[f"{name}_desc"] = gluon.Descriptor(x.detach().numpy(), block)
+        values["out_desc"] = gluon.Descriptor(out, (1, 1, 64, values["BLOCK_DV"]))
+        text = forward_source(spec, self.consumers, self.out_in_q)
+        programs = min(works, self.programs)
+        gluon.run(text, "forward", programs, {n: _flat(x) for n, x in values.items()})
+        assert not programs or counter == 0, "the counter is as it was for the next call"
+        return tuple(map(torch.from_numpy, (out, lse, lse2)))
+
+
+def _flat(x: Any) -> Any:
+    """A tensor from where it begins, so that its strides find the rest."""
+    if not isinstance(x, Tensor):
+        return x
+    room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return torch.as_strided(x.detach(), (room,), (1,)).numpy()
+
+
+SCHEDULES = [
+    Schedule(),
+    Schedule(consumers=3, block_n=32, stages=3, programs=3),
+    Schedule(out_in_q=True, q_stages=1, programs=1),
+    Schedule(q_stages=1, stages=1, programs=4),
+]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("at", range(2))
+def test_examples_equal_dense(path: Path, at: int) -> None:
+    lengths = [Lengths(1, 4, 2, 70, 70, 16), Lengths(2, 2, 1, 33, 41, 20)][at]
+    program = load(path)
+    binding = bind(program, lengths)
+    given = inputs(binding, value_dim=24)
+    check(program, binding, given, forward=SCHEDULES[at].forward)
+
+
+@settings(max_examples=max(25, settings.default.max_examples // 4))
+@given(strategies.programs(), bindings(1, 90), st.sampled_from(SCHEDULES))
+def test_random_programs_equal_dense(
+    program: Program, binding: Binding, schedule: Schedule
+) -> None:
+    given = inputs(binding, value_dim=16)
+    check(program, binding, given, wide=True, forward=schedule.forward)
+
+
+def test_values_read_for_one_tile_serve_until_it_is_stored() -> None:
+    text = "attention slopes(slope: float[heads] grad):\n    mask = q_idx >= kv_idx\n"
+    (program,) = parse(text + "    score = score + slope[h] * (kv_idx - q_idx)\n")
+    binding = bind(program, Lengths(2, 3, 1, 130, 130, 16))
+    check(program, binding, inputs(binding, value_dim=16), forward=Schedule(programs=1).forward)
+
+
+@pytest.mark.parametrize("mask", ["not q_idx >= kv_idx", "kv_idx != kv_idx", "true"])
+def test_keys_beyond_the_last_are_never_kept(mask: str) -> None:
+    (program,) = parse(f"attention short():\n    mask = {mask}\n")
+    for lengths in (Lengths(1, 1, 1, 1, 1, 16), Lengths(1, 2, 1, 70, 37, 16)):
+        binding = bind(program, lengths)
+        check(program, binding, inputs(binding, value_dim=16), forward=Schedule().forward)
+
+
+def test_a_barrier_that_nothing_completes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon, "PATIENCE", 0.1)
+    barrier = gluon.Barrier()
+    barrier.init(1)
+    barrier.wait(1)
+    with pytest.raises(AssertionError, match="nothing will complete"):
+        barrier.wait(0)
+    barrier.arrive()
+    barrier.wait(0)
