@@ -27,6 +27,8 @@ PAIRS = 8192
 
 KEYS = 128
 STAGES = 2
+"""Blocks of queries in shared memory; with one, a warpgroup would wait for the other's next."""
+
 REGISTERS = 240
 
 
