@@ -34,9 +34,8 @@ def choose(name: str | None, device: torch.device) -> Backend:
     """
     name = name or settings().backend
     if name == "auto":
-        if device.type == "cuda":
-            return _gpu
-        name = {"cpu": "cpu"}.get(device.type)
+        # Not gluon yet, where it could: its numerics on a GPU are to be gone through as it stands.
+        name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
         if name is None:
             raise UnsupportedError(
                 f"no backend is made for {device.type} tensors",
@@ -62,14 +61,6 @@ def _cpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool)
     return cpu.attention(cpu.retiled(bound), q, k, v)  # sums in one order, always
 
 
-def _gpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
-    """Warp-specialised kernels where there are some, else Triton's."""
-    _check_triton(q, v)
-    from attncc.backends.gluon.launch import unsupported
-
-    return (_triton if unsupported(q, v) else _gluon)(bound, q, k, v, deterministic)
-
-
 def _gluon(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
     _check_triton(q, v)
     from attncc.backends.gluon.launch import forward, unsupported
@@ -77,7 +68,7 @@ def _gluon(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: boo
     if reason := unsupported(q, v):
         raise UnsupportedError(
             f"the gluon backend cannot run this call: {reason}",
-            hint="leave the backend to be chosen, or ask for backend='triton'",
+            hint="leave the backend to be chosen",
         )
     return _run(bound, q, k, v, deterministic, forward)
 
