@@ -197,3 +197,23 @@ def test_calls_of_one_mask_and_all_tiles_share_what_is_found() -> None:
         bound = cache(binding, (128, 128))
         made += [bound.found, bound.retiled((16, 16)).found]
     assert all(one is made[0] for one in made)
+
+
+def test_tiles_that_visit_most_come_first() -> None:
+    (program,) = parse(
+        "attention t(doc: int[batch, kv_len] sorted):\n"
+        "    mask = q_idx >= kv_idx and doc[b, q_idx] == doc[b, kv_idx]\n"
+    )
+    cuts = torch.rand(2, 500, generator=torch.Generator().manual_seed(0)) < 0.02
+    arguments = {"doc": cuts.long().cumsum(1)}
+    lengths = {"q_len": 500, "kv_len": 500, "batch": 2, "heads": 3, "kv_heads": 1, "head_dim": 4}
+    bound = BoundPlan(
+        analyze(program), bind_lengths(program, **lengths, arguments=arguments), (16, 8)
+    )
+    visited = bound.classify() != 0
+    for order, work in ((bound.query_order, visited.sum(3)), (bound.key_order, visited.sum(2))):
+        assert order.dtype == torch.int32
+        assert order.shape == work.shape == (2, 1, work.shape[2])
+        assert torch.equal(order.sort(-1).values[0, 0], torch.arange(work.shape[2]).int())
+        assert (work.gather(-1, order.long()).diff() <= 0).all()
+        assert work.unique().numel() > 2
