@@ -180,6 +180,8 @@ _OWN = re.compile(
     r"|(row|column|head)_\d+|.*_(sm|ring|full|done|block|after)|in_a_row|barriers|show|fold|place"
     r"|add_dq|start_dq|round_dq|clear|backward|consume|produce|blocks_of|tiles_of|read_(key|query)"
     r"|bring|arrived|release|ring_of|put|look|give|take|weigh|begin|ask|asked|found|sigmoid|gl"
+    r"|first|last|part|factor|counter|list_start|read_mask|gluon|tma|mbarrier|fence_async_shared"
+    r"|warpgroup_mma(_wait)?"
 )
 
 

@@ -1,0 +1,33 @@
+"""No parameter's name takes the place of a name that warp-specialised kernels use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+pytest.importorskip("triton")
+
+from attncc.backends.gluon.forward import forward_source
+from attncc.backends.triton import aot, emit
+from attncc.ir.plan import Blocks, Plan
+from attncc.ir.program import Program
+from attncc.passes import analyze
+from tests.backends.triton.test_names import PROGRAMS, check_names
+
+ALONE = {"bring", "arrived", "release", "barriers", "ring_of", "put", "look", "ask", "sigmoid"}
+
+
+def sources(plan: Plan) -> Iterator[str]:
+    spec = emit.spec(plan, "bf16", aot.target("sm_90"))
+    for consumers, out_in_q, wide in product((2, 3), (False, True), (False, True)):
+        yield forward_source(replace(spec, wide=wide), consumers, out_in_q)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_names_of_a_file_are_its_own(program: Program) -> None:
+    ranged = analyze(program)
+    for plan in (ranged, replace(ranged, blocks=Blocks.LISTS)):
+        check_names(plan, sources(plan), ALONE)
