@@ -107,6 +107,14 @@ def test_values_read_for_one_tile_serve_until_it_is_stored() -> None:
     check(program, binding, inputs(binding, value_dim=16), forward=Schedule(programs=1).forward)
 
 
+def test_parameters_keep_apart_from_values_that_are_read_ahead() -> None:
+    text = "attention near(row_0: int = 3, column_1: int = 2, t: int[kv_len]):\n"
+    text += "    mask = (q_idx + kv_idx) % 7 < row_0 + t[q_idx] % 5 + t[kv_idx] % 3 * column_1\n"
+    (program,) = parse(text)
+    binding = bind(program, Lengths(1, 2, 1, 70, 70, 16))
+    check(program, binding, inputs(binding, value_dim=16), forward=Schedule().forward)
+
+
 @pytest.mark.parametrize("mask", ["not q_idx >= kv_idx", "kv_idx != kv_idx", "true"])
 def test_keys_beyond_the_last_are_never_kept(mask: str) -> None:
     (program,) = parse(f"attention short():\n    mask = {mask}\n")

@@ -30,6 +30,7 @@ from attncc.ir.expr import (
     rebuild,
     walk,
 )
+from attncc.ir.plan import Plan
 from attncc.ir.rewrite import postorder
 
 DIVISIONS = ops.FLOORDIV, ops.MOD
@@ -83,13 +84,23 @@ def hoisted(spec: Spec) -> AheadSpec:
             # A score whose row terms cancel is also asked for single pairs, far from the tile.
             if part in parts or (cancel and not masks and varies & (Axis.Q | Axis.KV)):
                 continue
-            side = "row" if varies & Axis.Q else "column" if varies & Axis.KV else "head"
-            parts[part] = Value(f"{side}_{len(parts)}", part, masks)
+            parts[part] = Value(named(part, len(parts), lowering.plan), part, masks)
     given = {f.name: getattr(spec, f.name) for f in fields(Spec)}
     mask = None if lowering.mask is None else _replaced(lowering.mask, parts)
     score = _replaced(lowering.score, parts)
     given["lowering"] = replace(lowering, mask=mask, score=score)
     return AheadSpec(**given, values=tuple(parts.values()), bounded=bounded)
+
+
+def named(part: Expr, number: int, plan: Plan) -> str:
+    """A name for a part that is none of the plan's parameters."""
+    varies = axes(part)
+    side = "row" if varies & Axis.Q else "column" if varies & Axis.KV else "head"
+    taken = {param.name for param in plan.params}
+    digits = str(number)
+    while f"{side}_{digits}" in taken:
+        digits = f"0{digits}"
+    return f"{side}_{digits}"
 
 
 def _by_rows(lowering: Lowering) -> tuple[Lowering, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
-from attncc.backends.gluon.hoist import AheadSpec, Value, _parts, _replaced
+from attncc.backends.gluon.hoist import AheadSpec, Value, _parts, _replaced, named
 from attncc.backends.triton.lower import Lowering, between, row_ends
 from attncc.backends.triton.sections import Spec
 from attncc.ir.expr import (
@@ -21,6 +21,7 @@ from attncc.ir.expr import (
     kind,
 )
 from attncc.ir.ops import Kind
+from attncc.ir.plan import Plan
 
 
 def beside(value: Value) -> str:
@@ -32,16 +33,18 @@ def beside(value: Value) -> str:
 def hoisted_keys(spec: Spec) -> AheadSpec:
     """The spec with what can be read ahead taken out of its key mask, score and derivatives."""
     lowering = _by_keys(spec.lowering)
+    plan = lowering.plan
     found: dict[Expr, Value] = {}
     # A score whose row terms cancel is also asked for single pairs, far from the tile.
-    cancel = lowering.plan.row_terms_cancel and not lowering.plain
-    score = _taken(lowering.score, found, heads_only=cancel)
-    slope = None if lowering.slope is None else _taken(lowering.slope, found)
+    cancel = plan.row_terms_cancel and not lowering.plain
+    score = _taken(lowering.score, found, plan, heads_only=cancel)
+    slope = None if lowering.slope is None else _taken(lowering.slope, found, plan)
     gradients = tuple(
-        replace(gradient, factor=_taken(gradient.factor, found)) for gradient in lowering.gradients
+        replace(gradient, factor=_taken(gradient.factor, found, plan))
+        for gradient in lowering.gradients
     )
     mask = lowering.key_mask
-    mask = None if mask is None else _taken(mask, found, masks=True)
+    mask = None if mask is None else _taken(mask, found, plan, masks=True)
     given = {f.name: getattr(spec, f.name) for f in fields(Spec)}
     given["lowering"] = replace(
         lowering, mask=mask, key_mask=mask, score=score, slope=slope, gradients=gradients
@@ -59,15 +62,18 @@ def _by_keys(lowering: Lowering) -> Lowering:
 
 
 def _taken(
-    expr: Expr, found: dict[Expr, Value], *, masks: bool = False, heads_only: bool = False
+    expr: Expr,
+    found: dict[Expr, Value],
+    plan: Plan,
+    *,
+    masks: bool = False,
+    heads_only: bool = False,
 ) -> Expr:
     """The expression with its parts replaced by values, which join those found."""
     mine = list(_allowed(_numbers(expr), heads_only))
     for part in mine:
         if part not in found:
-            varies = axes(part)
-            side = "row" if varies & Axis.Q else "column" if varies & Axis.KV else "head"
-            found[part] = Value(f"{side}_{len(found)}", part, masks)
+            found[part] = Value(named(part, len(found), plan), part, masks)
     return _replaced(expr, {part: found[part] for part in mine})
 
 
