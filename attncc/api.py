@@ -191,14 +191,30 @@ class Attention:
             raise ArgumentError("a plan needs all of q, k and v, or q_len= and kv_len=")
         return self._planned(self._bind_lengths(params), tile)
 
-    def source(self, target: str = "sm_90", *, dtype: str = "bf16", backward: bool = False) -> str:
-        """The generated Triton kernel for a target, one stand-alone file; needs no GPU.
+    def source(
+        self,
+        target: str = "sm_90",
+        *,
+        dtype: str = "bf16",
+        backward: bool = False,
+        backend: str | None = None,
+        head_dim: int = 128,
+        value_dim: int | None = None,
+    ) -> str:
+        """The generated kernel for a target, one stand-alone file; needs no GPU.
 
         target: sm_80, sm_90, sm_100, gfx942. dtype of q, k and v: bf16, fp16, fp32.
-        """
-        from attncc.backends.triton import aot, emit
+        backend: "triton" or "gluon"; by default the one whose forward a call would run. The dims of
+        q and k, and of v, decide what of a gluon kernel is printed; the others fit all.
 
-        files = emit.sources(emit.spec(self.static, dtype, aot.target(target)))
+        Raises ArgumentError, and UnsupportedError where the backend has no such kernel.
+        """
+        from attncc.backends.gluon import emit
+        from attncc.backends.triton import aot
+        from attncc.backends.triton.emit import Call
+
+        call = Call(dtype, head_dim, value_dim or head_dim)
+        files = emit.sources(self.static, call, aot.target(target), backend)
         wanted = "_backward" if backward else "_forward"
         return next(text for name, text in files.items() if name.endswith(wanted))
 

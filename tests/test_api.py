@@ -252,6 +252,23 @@ def test_source_needs_no_gpu(window):
     assert "backward" in window.source("sm_80", dtype="fp32", backward=True)
 
 
+def test_source_of_a_backend(window):
+    assert "@triton.jit" in window.source(backend="triton")
+    assert "@gluon.jit" in window.source(backend="gluon")
+    assert "def backward_kv(" in window.source(backend="gluon", backward=True)
+    assert window.source(backend="gluon", head_dim=256) != window.source(backend="gluon")
+    with pytest.raises(attncc.UnsupportedError, match="v has 20 columns"):
+        window.source(backend="gluon", value_dim=20)
+
+
+def test_source_is_of_the_backend_that_calls_get(window, monkeypatch):
+    assert "@triton.jit" in window.source()
+    monkeypatch.setattr("attncc.backends.gluon.CHOSEN", True)
+    assert "@gluon.jit" in window.source()
+    for others in ({"dtype": "fp32"}, {"target": "sm_100"}, {"value_dim": 20}):
+        assert "@triton.jit" in window.source(**others)
+
+
 def test_the_plans_asked_for_last_are_kept() -> None:
     docs = attncc.compile("attention a():\n    mask = q_idx >= kv_idx\n")
     steady = docs.plan(q_len=64, kv_len=64).origin

@@ -118,6 +118,19 @@ def test_explain_says_tier_ranges_counts_and_draws():
     assert "as tight as evaluating every pair" in text
 
 
+@pytest.mark.parametrize(
+    ("dim", "line"),
+    [
+        (64, "gluon's forward, for bf16 and fp16, only where it is asked for"),
+        (20, "not gluon's forward: its output's rows are multiples of 16 bytes, and v has 20"),
+        (512, "no kernels for head dims above 256; backend='dense' has no limit"),
+    ],
+)
+def test_explain_says_which_kernels_run(dim, line):
+    options = ("--q-len", 128, "--head-dim", dim)
+    assert line in succeed("explain", STREAMING, *options)
+
+
 def test_explain_packs_real_documents():
     text = succeed("explain", PACKED, "--q-len", 1024)
     assert "tier 1" in text
@@ -197,6 +210,21 @@ def test_emit_corrects_a_target_and_a_dtype():
     pytest.importorskip("triton")
     assert "did you mean 'sm_90'" in fail("emit", STREAMING, "--target", "sm_9")
     assert "did you mean 'bf16'" in fail("emit", STREAMING, "--dtype", "bf61")
+
+
+def test_emit_compiles_the_backend_asked_for(tmp_path):
+    pytest.importorskip("triton")
+    options = ("--target", "sm_90", "--head-dim", 64)
+    text = succeed("emit", STREAMING, *options, "--backend", "gluon", "-o", tmp_path)
+    rows = [line.split() for line in text.splitlines() if line.startswith("sm_90")]
+    assert [row[1] for row in rows] == ["gluon_forward", "delta", "backward_kv", "backward_q"]
+    assert "@gluon.jit" in (tmp_path / "sm_90" / "streaming_gluon_forward.py").read_text()
+    assert "did you mean 'gluon'" in fail("emit", STREAMING, "--backend", "gluno")
+    wrong = ("--dtype", "fp32"), ("--target", "sm_80"), ("--value-dim", 20)
+    reasons = "q is float32", "it is for sm_90, not sm_80", "v has 20 columns"
+    for option, reason in zip(wrong, reasons, strict=True):
+        given = ("--backend", "gluon", "--target", "sm_90", *option)
+        assert reason in fail("emit", STREAMING, *given)
 
 
 # -- doctor

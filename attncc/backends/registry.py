@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attncc.backends import gluon
 from attncc.errors import ArgumentError, UnsupportedError, suggest
 from attncc.settings import settings
 from attncc.tiles import BoundPlan
@@ -34,7 +35,8 @@ def choose(name: str | None, device: torch.device) -> Backend:
     """
     name = name or settings().backend
     if name == "auto":
-        # Not gluon yet, where it could: its numerics on a GPU are to be gone through as it stands.
+        if device.type == "cuda" and gluon.CHOSEN:
+            return _gpu
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
         if name is None:
             raise UnsupportedError(
@@ -59,6 +61,14 @@ def _cpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool)
     if q.device.type != "cpu":
         raise UnsupportedError(f"the cpu backend got {q.device} tensors", hint="move them: q.cpu()")
     return cpu.attention(cpu.retiled(bound), q, k, v)  # sums in one order, always
+
+
+def _gpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+    """Warp-specialised kernels where there are some, else Triton's."""
+    _check_triton(q, v)
+    from attncc.backends.gluon.launch import unsupported
+
+    return (_triton if unsupported(q, v) else _gluon)(bound, q, k, v, deterministic)
 
 
 def _gluon(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:

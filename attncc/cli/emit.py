@@ -9,7 +9,6 @@ import click
 
 if TYPE_CHECKING:
     from attncc.backends.triton.emit import Row
-    from attncc.ir.plan import Plan
 
 
 @click.command()
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", default="bf16", show_default=True, help="bf16, fp16 or fp32.")
 @click.option("--head-dim", type=click.IntRange(1, 256), default=128, show_default=True)
 @click.option("--value-dim", type=click.IntRange(1, 256), help="[default: as --head-dim]")
+@click.option("--backend", help="triton or gluon, of the forward.  [default: as calls have it]")
 @click.option("--group", type=click.IntRange(min=1), default=1, help="Query heads a key head.")
 @click.option(
     "-o",
@@ -38,6 +38,7 @@ def emit(
     dtype: str,
     head_dim: int,
     value_dim: int | None,
+    backend: str | None,
     group: int,
     output: Path | None,
 ) -> None:
@@ -45,23 +46,25 @@ def emit(
     from rich.console import Console
     from rich.progress import Progress
 
+    from attncc.backends.gluon.emit import compile_all, sources
     from attncc.backends.triton import aot
-    from attncc.backends.triton.emit import Call, compile_all, spec
+    from attncc.backends.triton.emit import Call
     from attncc.frontend import load
     from attncc.passes import analyze
 
     plan = analyze(load(file, name))
     call = Call(dtype, head_dim, value_dim or head_dim, group)
     chosen = [aot.target(target) for target in targets or aot.TARGETS]
-    spec(plan, dtype, chosen[0])  # a wrong dtype is told before the first kernel
+    for target in chosen:  # what is wrong is told before the first kernel
+        sources(plan, call, target, backend)
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for target in progress.track(chosen, description="compiling"):
-            rows += compile_all(plan, call, target)
+            rows += compile_all(plan, call, target, asked=backend)
     _table(rows)
     if output is not None:
         for target in chosen:
-            _write_sources(plan, dtype, target.name, output)
+            _write_sources(sources(plan, call, target, backend), output / target.name)
         _write_assembly(rows, output)
 
 
@@ -92,13 +95,9 @@ def _table(rows: list[Row]) -> None:
     console.print(table, soft_wrap=not console.is_terminal)
 
 
-def _write_sources(plan: Plan, dtype: str, target: str, output: Path) -> None:
-    from attncc.backends.triton.aot import TARGETS
-    from attncc.backends.triton.emit import sources, spec
-
-    directory = output / target
+def _write_sources(texts: dict[str, str], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for stem, text in sources(spec(plan, dtype, TARGETS[target])).items():
+    for stem, text in texts.items():
         path = directory / f"{stem}.py"
         path.write_text(text)
         click.echo(f"wrote {path}")

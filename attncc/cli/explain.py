@@ -43,6 +43,7 @@ def _tell(call: Request, bound: BoundPlan) -> None:
 
     click.echo(show_program(call.program))
     click.echo("\n".join(report.lines(bound.plan)))
+    click.echo(report.backend(bound))
     needs = report.captured(bound.plan)
     if needs:
         click.echo("captured tensors")
@@ -80,6 +81,7 @@ def _data(call: Request, bound: BoundPlan) -> dict[str, Any]:
         "density": [bound.density.low, bound.density.high],
         "inputs": dict(call.captured.origins),
         "plan": report.data(bound.plan),
+        "backend": report.backend(bound),
         "tiles": report.grid(bound),
     }
 

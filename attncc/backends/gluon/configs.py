@@ -14,6 +14,23 @@ DIMS = (64, 128, 256)
 """Columns of tiles that are printed; narrower heads are padded."""
 
 
+def unsupported(dtype: str, dim: int, value_dim: int) -> str:
+    """Why no kernel serves heads of such a torch dtype and dims; empty where one does."""
+    if dtype not in ("bfloat16", "float16"):
+        return f"it takes bfloat16 and float16, and q is {dtype}"
+    if value_dim % 8:
+        return f"its output's rows are multiples of 16 bytes, and v has {value_dim} columns"
+    if max(dim, value_dim) > DIMS[-1]:
+        return f"it has no kernel for head dims above {DIMS[-1]}"
+    return ""
+
+
+def columns(dim: int, value_dim: int) -> tuple[int, int]:
+    """Columns of tiles of queries and keys, and of values."""
+    padded, padded_value = (next(n for n in DIMS if n >= x) for x in (dim, value_dim))
+    return padded, padded_value
+
+
 def default(shape: Shape, plan: Plan) -> Config:
     """The forward's schedule; num_warps are those that consume, num_stages the rings' slots.
 
@@ -37,6 +54,17 @@ def _is_costly(plan: Plan) -> bool:
     pair = Axis.Q | Axis.KV
     nodes = (n for e in (plan.score, plan.mask) for n in walk(e) if axes(n) & pair == pair)
     return any(isinstance(n, Load) or getattr(n, "op", None) in DIVISIONS for n in nodes)
+
+
+def constexprs(config: Config, shape: Shape) -> dict[str, int]:
+    """What a forward takes of its schedule beside the sizes of its tiles."""
+    _, q_stages = spare(config, shape)
+    return {
+        "STAGES": config.num_stages,
+        "Q_STAGES": q_stages,
+        "CONSUMERS": config.block_m // ROWS,
+        "REGISTERS": registers(config),
+    }
 
 
 def registers(config: Config) -> int:

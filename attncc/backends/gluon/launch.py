@@ -22,26 +22,14 @@ def unsupported(q: Tensor, v: Tensor) -> str:
     """Why no warp-specialised kernel serves a call; empty where one does."""
     if not (q.is_cuda and _is_hopper(q.device)):
         return f"it is for sm_90, and q is on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, and q is {str(q.dtype).removeprefix('torch.')}"
     if 0 in q.shape or 0 in v.shape:
         return "there is nothing to attend"
-    if v.shape[-1] % 8:
-        return f"its output's rows are multiples of 16 bytes, and v has {v.shape[-1]} columns"
-    if max(q.shape[-1], v.shape[-1]) > configs.DIMS[-1]:
-        return f"it has no kernel for head dims above {configs.DIMS[-1]}"
-    return ""
+    return configs.unsupported(str(q.dtype).removeprefix("torch."), q.shape[-1], v.shape[-1])
 
 
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def columns(q: Tensor, v: Tensor) -> tuple[int, int]:
-    """Columns of tiles of queries and keys, and of values."""
-    dim, value_dim = (next(n for n in configs.DIMS if n >= x.shape[-1]) for x in (q, v))
-    return dim, value_dim
 
 
 def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,21 +57,19 @@ def _kernel(spec: Spec, consumers: int, out_in_q: bool) -> Kernel:
 def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     q, k, v, out = (tensors[name] for name in ("q", "k", "v", "out"))
     spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
-    dims = columns(q, v)
-    config = configs.default(Shape(*dims, q.element_size()), run.bound.plan)
+    dims = configs.columns(q.shape[-1], v.shape[-1])
+    shape = Shape(*dims, q.element_size())
+    config = configs.default(shape, run.bound.plan)
     if run.configs and "gluon_forward" in run.configs:
         config = run.configs["gluon_forward"]
     values = launch.common(run, q, v)
     values["BLOCK_D"], values["BLOCK_DV"] = dims
     works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
-    consumers = config.block_m // configs.ROWS
-    shape = Shape(*dims, q.element_size())
-    out_in_q, q_stages = configs.spare(config, shape)
+    values |= configs.constexprs(config, shape) | {"works": works}
+    consumers = values["CONSUMERS"]
+    out_in_q, _ = configs.spare(config, shape)
     key = "gluon forward", id(spec), consumers, out_in_q
     kernel: Kernel = run._known(key, lambda: _kernel(spec, consumers, out_in_q))
-    values |= {"STAGES": config.num_stages, "CONSUMERS": consumers, "works": works}
-    values["Q_STAGES"] = q_stages
-    values |= {"REGISTERS": configs.registers(config)}
     values |= {f"{name}_ptr": tensors[name] for name in ("lse", "lse2")}
     values["q_desc"] = described(q, configs.ROWS, dims[0])
     values["k_desc"] = described(k, config.block_n, dims[0])

@@ -16,6 +16,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from attncc.errors import ArgumentError, suggest
 
@@ -83,6 +84,16 @@ class Compiled:
         pattern = _SASS if _is_nvidia(self.target) else _GCN
         return Counter(pattern.findall(self.disassembly()))
 
+    def remarks(self) -> list[str]:
+        """What ptxas says of a kernel for sm_90: that it waits for each wgmma by itself (C75..)."""
+        with tempfile.NamedTemporaryFile(mode="w", suffix=".ptx") as file:
+            file.write(self.assembly)
+            file.flush()
+            command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name]
+            command += ["-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [line for line in done.stderr.splitlines() if "C75" in line]
+
     def matrix_ops(self) -> int:
         """Matrix instructions of the target's best kind: wgmma on sm_90, tcgen05 on sm_100, ..."""
         prefix = self.target.matrix_op
@@ -118,7 +129,7 @@ def compile_for(
     aligned: frozenset[str] | None = None,
     **options: object,
 ) -> Compiled:
-    """Compile a `@triton.jit` function; takes 0.3 to 5 s, and keeps nothing on a device.
+    """Compile a `@triton.jit` or `@gluon.jit` function; 0.3 to 5 s, nothing kept on a device.
 
     signature:  Triton types ("*bf16", "i32", "fp32", ...) of the arguments that are no constexprs.
     constexprs: values of the others.
@@ -128,8 +139,9 @@ def compile_for(
     """
     names = list(kernel.arg_names)
     if aligned is None:
-        aligned = frozenset(n for n, kind in signature.items() if kind.startswith("*"))
-    source = ASTSource(
+        aligned = frozenset(n for n, type in signature.items() if type.startswith("*"))
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(
         fn=kernel,
         signature={n: "constexpr" if n in constexprs else signature[n] for n in names},
         constexprs=dict(constexprs),

@@ -25,6 +25,8 @@ from attncc.ir.plan import Blocks, Plan
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Triton's names of the dtypes of q, k and v, and their bytes."""
+FILES = ("forward", "backward", "lists")
+"""What the names of kernel files end in."""
 FIXED = {
     "delta": Config(64, 64, 4, 3),
     "summarize": Config(128, 128, SUMMARY_WARPS, 1),
@@ -92,24 +94,40 @@ def compile_all(plan: Plan, call: Call, target: aot.Target, only: str = "") -> I
 
 
 def _compile(found: Spec, module: ModuleType, name: str, call: Call, target: aot.Target) -> Row:
-    kernel = getattr(module, name)
     dims = padded(call.head_dim), _value_columns(call)
     ampere = target.gpu.backend == "cuda" and not target.descriptors
     shape = Shape(*dims, DTYPES[call.dtype], target.shared_limit, ampere)
     config = FIXED[name] if name in FIXED else default(name, shape, traits(found.lowering.plan))
-    signature = _signature(found, call, config)
-    constants = {**_constants(call, config), **_unit_strides(found)}
-    names = kernel.arg_names
-    compiled = aot.compile_for(
-        kernel,
-        {n: signature[n] for n in names if n not in constants},
-        {n: constants[n] for n in names if n in constants},
-        target,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=frozenset(n for n in names if n.endswith(("_ptr", *_STRIDES))),
-    )
-    return Row(name, config, compiled)
+    arguments = Arguments.of(found, call, config)
+    warps, stages = config.num_warps, config.num_stages
+    return Row(name, config, arguments.compiled(getattr(module, name), target, warps, stages))
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What is known of any argument that a kernel file may name: its type, or its value."""
+
+    types: dict[str, str]
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(cls, found: Spec, call: Call, config: Config) -> Arguments:
+        constants = {**_constants(call, config), **_unit_strides(found)}
+        return cls(_signature(found, call, config), constants)
+
+    def compiled(
+        self, kernel: Any, target: aot.Target, num_warps: int, num_stages: int
+    ) -> aot.Compiled:
+        names = kernel.arg_names
+        return aot.compile_for(
+            kernel,
+            {n: self.types[n] for n in names if n not in self.constants},
+            {n: self.constants[n] for n in names if n in self.constants},
+            target,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            aligned=frozenset(n for n in names if n.endswith(("_ptr", *_STRIDES))),
+        )
 
 
 _INPUTS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
