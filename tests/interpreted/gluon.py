@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 PATIENCE = 20.0
 """Seconds a partition waits before it is taken to wait forever."""
@@ -27,13 +29,14 @@ PATIENCE = 20.0
 @dataclass(frozen=True)
 class Dtype:
     numpy: Any
+    nbytes: int = 4
 
     def is_int64(self) -> bool:
         return self.numpy is np.int64
 
 
-INT32, INT64, FLOAT32 = map(Dtype, (np.int32, np.int64, np.float32))
-HALF = Dtype(np.float32)
+INT8, INT32, INT64 = Dtype(np.int8, 1), Dtype(np.int32), Dtype(np.int64, 8)
+FLOAT32, HALF = Dtype(np.float32), Dtype(np.float32, 2)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class PointerType:
 
 
 def _dtype(array: np.ndarray) -> Dtype:
-    return Dtype(array.dtype.type)
+    return Dtype(array.dtype.type, array.dtype.itemsize)
 
 
 def _plain(x: Any) -> Any:
@@ -61,6 +64,12 @@ class Value:
 
     def to(self, dtype: Dtype) -> Value:
         return Value(self.data.astype(dtype.numpy))
+
+    def reshape(self, shape: Sequence[int]) -> Value:
+        return Value(self.data.reshape(shape))
+
+    def permute(self, order: Sequence[int]) -> Value:
+        return Value(self.data.transpose(order))
 
     def __getitem__(self, at: Any) -> Value:
         return Value(self.data[at])
@@ -144,29 +153,34 @@ class Pointer:
     def dtype(self) -> PointerType:
         return PointerType(_dtype(self.array))
 
-    def to(self, dtype: Dtype) -> Pointer:
+    def to(self, dtype: Dtype, bitcast: bool = False) -> Pointer:
         return self
 
     def load(self, mask: Any = None, other: Any = None) -> Value:
-        assert mask is None
-        self._check(self.at)
-        return Value(self.array[self.at])
+        assert (mask is None) == (other is None)
+        (at,), keep = self._kept(mask)
+        found = np.full(keep.shape, 0 if other is None else other, self.array.dtype)
+        found[keep] = self.array[at]
+        return Value(found)
 
     def store(self, value: Any, mask: Any = None) -> None:
-        keep = np.ones((), bool) if mask is None else _plain(mask)
-        at, value, keep = np.broadcast_arrays(self.at, _plain(value), keep)
-        self._check(at[keep])
-        self.array[at[keep]] = value[keep]
+        (at, value), _ = self._kept(mask, value)
+        self.array[at] = value
 
-    def add(self, value: int) -> Value:
-        self._check(self.at)
+    def add(self, value: Any, mask: Any = None) -> Value:
+        (at, value), _ = self._kept(mask, value)
         with _LOCK:
-            before = self.array[self.at].copy()
-            self.array[self.at] += value
+            before = self.array.take(self.at, mode="clip")
+            np.add.at(self.array, at, value)
         return Value(before)
 
-    def _check(self, at: np.ndarray) -> None:
-        assert np.all((at >= 0) & (at < self.array.size)), "out of bounds"
+    def _kept(self, mask: Any, *values: Any) -> tuple[list[np.ndarray], np.ndarray]:
+        """Places, which must be there, and their values where a mask keeps them; and the mask."""
+        keep = np.ones((), bool) if mask is None else _plain(mask)
+        keep, *found = np.broadcast_arrays(keep, self.at, *map(_plain, values))
+        found = [x[keep] for x in found]
+        assert np.all((found[0] >= 0) & (found[0] < self.array.size)), "out of bounds"
+        return found, keep
 
 
 # -- shared memory and barriers
@@ -194,6 +208,11 @@ class Shared:
         view = self.data.view()
         view.shape = tuple(shape)
         return Shared(view, self.dtype)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        assert 0 <= start <= start + length <= self.shape[dim]
+        at = (slice(None),) * dim + (slice(start, start + length),)
+        return Shared(self.data[at], self.dtype)
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.transpose(order), self.dtype)
@@ -266,7 +285,7 @@ class Stopped(Exception):
 
 @dataclass
 class Descriptor:
-    """A [B, H, N, D] tensor, and the tiles it is read or written in."""
+    """A tensor, and the tiles it is read or written in."""
 
     tensor: np.ndarray
     block: tuple[int, ...]
@@ -275,7 +294,8 @@ class Descriptor:
 
     @property
     def block_type(self) -> Any:
-        return SimpleNamespace(shape=list(self.block), nbytes=int(np.prod(self.block)) * 2)
+        nbytes = int(np.prod(self.block)) * self.dtype.nbytes
+        return SimpleNamespace(shape=list(self.block), nbytes=nbytes)
 
     def places(self, coordinates: Sequence[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where the part of a tile that lies inside is, in the tensor and in the tile."""
@@ -288,11 +308,16 @@ class Descriptor:
         return tuple(inside), tuple(tile)
 
 
+def described(x: Tensor, rows: int, columns: int) -> Descriptor:
+    """A [B, H, N, D] tensor in tiles of half-type numbers, as launches describe it."""
+    return Descriptor(x.detach().numpy(), (1, 1, rows, columns))
+
+
 @dataclass
 class Part:
     """What one partition has in flight."""
 
-    program: int = 0
+    program: tuple[int, ...] = (0,)
     products: deque[Any] = field(default_factory=deque)
     stores: list[Callable[[], None]] = field(default_factory=list)
 
@@ -313,24 +338,26 @@ def _finish(product: Product) -> None:
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool) -> Product:
-    assert is_async and isinstance(acc, Value), "the sum of a product in flight"
+    """acc: a Value, or a product in flight that this one goes on with."""
+    assert is_async
 
     def compute() -> np.ndarray:
         product = a.data.astype(np.float32) @ b.data.astype(np.float32)
-        return product + acc.data if use_acc else product
+        before = acc.value if isinstance(acc, Product) else acc
+        return product + before.data if use_acc else product
 
     product = Product(compute)
     _HERE.part.products.append(product)
     return product
 
 
-def warpgroup_mma_wait(outstanding: int, deps: Sequence[Product]) -> Value:
+def warpgroup_mma_wait(outstanding: int, deps: Sequence[Product]) -> Any:
     products = _HERE.part.products
     while len(products) > outstanding:
         _finish(products.popleft())
-    (found,) = deps
-    assert found.value is not None, "waited for too few products"
-    return found.value
+    found = tuple(product.value for product in deps)
+    assert all(x is not None for x in found), "waited for too few products"
+    return found if len(found) > 1 else found[0]
 
 
 def _bring(desc: Descriptor, at: Sequence[Any], barrier: Barrier, to: Shared) -> None:
@@ -412,7 +439,19 @@ def _common(x: Any, y: Any) -> Any:
     return np.result_type(*found) if found else np.int32
 
 
+def _add_by_fours(to: Pointer, x: Value) -> Value:
+    """Adds a thread's four numbers, of two columns and rows 8 apart, from their one pointer on."""
+    row, column = np.indices(x.data.shape)
+    first = to.at[row - row % 16 // 8 * 8, column - column % 2]
+    assert np.array_equal(to.at, first), "four numbers of a thread go to one place"
+    assert np.all(first % 4 == 0), "out of line"
+    Pointer(to.array, first + row % 16 // 8 * 2 + column % 2).add(x)
+    return Value(np.zeros(x.data.shape, np.int8))
+
+
 def _assembly(text: str, constraints: str, args: Sequence[Any], **options: Any) -> Value:
+    if text.startswith("red.relaxed.gpu.global.add.v4.f32"):
+        return _add_by_fours(*args)
     (x,) = args
     if text.startswith("tanh.approx"):
         return Value(np.tanh(x.data))
@@ -431,19 +470,20 @@ def _jit(function: Any = None, **options: Any) -> Any:
 class _Program:
     """gl.program_id and gl.num_programs of the program that runs."""
 
-    count = 1
+    grid: tuple[int, ...] = (1,)
 
     def identity(self, axis: int) -> Value:
-        return Value(np.int32(_HERE.part.program))
+        return Value(np.int32(_HERE.part.program[axis]))
 
     def number(self, axis: int) -> Value:
-        return Value(np.int32(self.count))
+        return Value(np.int32(self.grid[axis]))
 
 
 _PROGRAM = _Program()
 
 GL = SimpleNamespace(
     constexpr=object,
+    int8=INT8,
     int32=INT32,
     int64=INT64,
     float32=FLOAT32,
@@ -468,9 +508,9 @@ GL = SimpleNamespace(
     cdiv=lambda x, y: Value(_truncated(_plain(x) + (_plain(y) - 1), _plain(y))),
     max=lambda x, axis: Value(x.data.max(axis)),
     sum=lambda x, axis: Value(x.data.sum(axis)),
-    load=lambda pointer: pointer.load(),
+    load=lambda pointer, mask=None, other=None: pointer.load(mask, other),
     store=lambda pointer, value, mask=None: pointer.store(value, mask),
-    atomic_add=lambda pointer, value, sem: pointer.add(value),
+    atomic_add=lambda pointer, value, sem, mask=None: pointer.add(value, mask),
     convert_layout=lambda x, layout, assert_trivial=False: x,
     cast=lambda x, dtype: Value(np.asarray(_plain(x), dtype.numpy)),
     static_range=range,
@@ -483,6 +523,7 @@ GL = SimpleNamespace(
     NVMMADistributedLayout=_ignored,
     DotOperandLayout=_ignored,
     SwizzledSharedLayout=_ignored,
+    NVMMASharedLayout=SimpleNamespace(get_default_for=_ignored),
 )
 NAMES = {
     "gl": GL,
@@ -505,10 +546,10 @@ NAMES = {
 }
 
 
-def run(text: str, kernel: str, programs: int, arguments: dict[str, Any]) -> None:
+def run(text: str, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Runs a kernel of a Gluon file, its programs one after the other.
 
-    arguments: numpy arrays for pointers, Descriptors, numbers; those in capitals are constexprs.
+    arguments: tensors for pointers, Descriptors, numbers; those in capitals are constexprs.
     """
     body = text[text.index("@gluon.jit") :]
     names = dict(NAMES)
@@ -516,9 +557,9 @@ def run(text: str, kernel: str, programs: int, arguments: dict[str, Any]) -> Non
     function = names[kernel]
     wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
     given = {name: _argument(name, arguments[name]) for name in wanted}
-    _PROGRAM.count = programs
+    _PROGRAM.grid = grid
     with np.errstate(all="ignore"):
-        for program in range(programs):
+        for program in np.ndindex(grid):
             _HERE.part = Part(program)
             function(**given)
 
@@ -526,6 +567,12 @@ def run(text: str, kernel: str, programs: int, arguments: dict[str, Any]) -> Non
 def _argument(name: str, x: Any) -> Any:
     if name.isupper() or isinstance(x, Descriptor):
         return x
-    if isinstance(x, np.ndarray):
-        return Pointer(x)
+    if isinstance(x, Tensor):
+        return Pointer(_from_its_begin(x))
     return Value(np.float32(x) if isinstance(x, float) else np.int32(x))
+
+
+def _from_its_begin(x: Tensor) -> np.ndarray:
+    """A tensor's memory from where it begins, so that its strides find the rest."""
+    room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return torch.as_strided(x.detach(), (room,), (1,)).numpy()
