@@ -16,7 +16,7 @@ from attncc import frontend
 from attncc.backends import dense, registry
 from attncc.binding import Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
-from attncc.errors import ArgumentError
+from attncc.errors import ArgumentError, UnsupportedError
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
 from attncc.passes import analyze
@@ -204,7 +204,7 @@ class Attention:
         """The generated kernel for a target, one stand-alone file; needs no GPU.
 
         target: sm_80, sm_90, sm_100, gfx942. dtype of q, k and v: bf16, fp16, fp32.
-        backend: "triton" or "gluon"; by default the one whose forward a call would run. The dims of
+        backend: "triton" or "gluon"; by default the one whose kernel a call would run. The dims of
         q and k, and of v, decide what of a gluon kernel is printed; the others fit all.
 
         Raises ArgumentError, and UnsupportedError where the backend has no such kernel.
@@ -216,7 +216,13 @@ class Attention:
         call = Call(dtype, head_dim, value_dim or head_dim)
         files = emit.sources(self.static, call, aot.target(target), backend)
         wanted = "_backward" if backward else "_forward"
-        return next(text for name, text in files.items() if name.endswith(wanted))
+        for name, text in files.items():
+            if name.endswith(wanted):
+                return text
+        _, reason = emit.unsupported(self.static, call, aot.target(target))
+        raise UnsupportedError(
+            f"the gluon backend has no such kernel: {reason}", hint="leave the backend to be chosen"
+        )
 
     def tune(
         self,

@@ -48,10 +48,6 @@ class CallPlan(BoundPlan):
         return self.origin.query_order
 
     @property
-    def key_order(self) -> Tensor:
-        return self.origin.key_order
-
-    @property
     def counts(self) -> Counts:
         return self.origin.counts
 

@@ -97,19 +97,18 @@ def tiles(bound: BoundPlan) -> list[str]:
 
 
 def backend(bound: BoundPlan) -> str:
-    """Whose kernels a call with such heads gets on a Hopper GPU, and why not Gluon's forward."""
-    from attncc.backends import gluon
-    from attncc.backends.gluon.configs import unsupported
+    """Whose kernels a call with such heads gets on a Hopper GPU, and why not Gluon's."""
+    from attncc.backends.gluon.configs import backward_unsupported, unsupported
     from attncc.backends.registry import WIDEST_HEAD
 
     dim = bound.binding.head_dim
     if dim > WIDEST_HEAD:
         return f"sm_90: no kernels for head dims above {WIDEST_HEAD}; backend='dense' has no limit"
     if reason := unsupported("bfloat16", dim, dim):
-        return f"sm_90: triton's kernels; not gluon's forward: {reason}"
-    if gluon.CHOSEN:
-        return "sm_90: gluon's forward for bf16 and fp16, triton's kernels else"
-    return "sm_90: triton's kernels; gluon's forward, for bf16 and fp16, only where it is asked for"
+        return f"sm_90: triton's kernels; not gluon's: {reason}"
+    if reason := backward_unsupported(bound.plan, "bfloat16", dim, dim, deterministic=False):
+        return f"sm_90: gluon's forward for bf16 and fp16, triton's kernels else: {reason}"
+    return "sm_90: gluon's kernels for bf16 and fp16, triton's for fp32 and deterministic backwards"
 
 
 def grid(bound: BoundPlan) -> list[list[int]]:

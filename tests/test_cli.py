@@ -121,8 +121,8 @@ def test_explain_says_tier_ranges_counts_and_draws():
 @pytest.mark.parametrize(
     ("dim", "line"),
     [
-        (64, "gluon's forward, for bf16 and fp16, only where it is asked for"),
-        (20, "not gluon's forward: its output's rows are multiples of 16 bytes, and v has 20"),
+        (64, "gluon's kernels for bf16 and fp16, triton's for fp32 and deterministic backwards"),
+        (20, "not gluon's: its output's rows are multiples of 16 bytes, and v has 20"),
         (512, "no kernels for head dims above 256; backend='dense' has no limit"),
     ],
 )
@@ -198,7 +198,8 @@ def test_a_scalar_without_a_default_is_asked_for(program):
 def test_emit_compiles_for_a_gpu_that_is_not_there(tmp_path):
     pytest.importorskip("triton")
     out = tmp_path / "kernels"
-    text = succeed("emit", STREAMING, "--target", "sm_90", "--head-dim", 64, "-o", out)
+    options = "--target", "sm_90", "--head-dim", 64, "--backend", "triton"
+    text = succeed("emit", STREAMING, *options, "-o", out)
     rows = [line.split() for line in text.splitlines() if line.startswith("sm_90")]
     assert [row[1] for row in rows] == ["forward", "delta", "backward_kv", "backward_q"]
     forward = (out / "sm_90" / "streaming_forward.py").read_text()
@@ -217,7 +218,7 @@ def test_emit_compiles_the_backend_asked_for(tmp_path):
     options = ("--target", "sm_90", "--head-dim", 64)
     text = succeed("emit", STREAMING, *options, "--backend", "gluon", "-o", tmp_path)
     rows = [line.split() for line in text.splitlines() if line.startswith("sm_90")]
-    assert [row[1] for row in rows] == ["gluon_forward", "delta", "backward_kv", "backward_q"]
+    assert [row[1] for row in rows] == ["gluon_forward", "delta", "gluon_backward", "round_dq"]
     assert "@gluon.jit" in (tmp_path / "sm_90" / "streaming_gluon_forward.py").read_text()
     assert "did you mean 'gluon'" in fail("emit", STREAMING, "--backend", "gluno")
     wrong = ("--dtype", "fp32"), ("--target", "sm_80"), ("--value-dim", 20)

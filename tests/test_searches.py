@@ -211,9 +211,9 @@ def test_tiles_that_visit_most_come_first() -> None:
         analyze(program), bind_lengths(program, **lengths, arguments=arguments), (16, 8)
     )
     visited = bound.classify() != 0
-    for order, work in ((bound.query_order, visited.sum(3)), (bound.key_order, visited.sum(2))):
-        assert order.dtype == torch.int32
-        assert order.shape == work.shape == (2, 1, work.shape[2])
-        assert torch.equal(order.sort(-1).values[0, 0], torch.arange(work.shape[2]).int())
-        assert (work.gather(-1, order.long()).diff() <= 0).all()
-        assert work.unique().numel() > 2
+    order, work = bound.query_order, visited.sum(3)
+    assert order.dtype == torch.int32
+    assert order.shape == work.shape == (2, 1, work.shape[2])
+    assert torch.equal(order.sort(-1).values[0, 0], torch.arange(work.shape[2]).int())
+    assert (work.gather(-1, order.long()).diff() <= 0).all()
+    assert work.unique().numel() > 2

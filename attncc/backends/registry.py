@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attncc.backends import gluon
 from attncc.errors import ArgumentError, UnsupportedError, suggest
+from attncc.ir.program import Normalize
+from attncc.numeric import index_bits
 from attncc.settings import settings
 from attncc.tiles import BoundPlan
 
 if TYPE_CHECKING:
-    from attncc.backends.triton.launch import Forward
+    from attncc.backends.triton.launch import Run
     from attncc.backends.triton.tune import Tuned
 
 Result = tuple[Tensor, Tensor | None]
@@ -35,10 +36,10 @@ def choose(name: str | None, device: torch.device) -> Backend:
     """
     name = name or settings().backend
     if name == "auto":
-        if device.type == "cuda" and gluon.CHOSEN:
+        if device.type == "cuda":
             return _gpu
-        name = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-        if name is None:
+        name = "cpu"
+        if device.type != "cpu":
             raise UnsupportedError(
                 f"no backend is made for {device.type} tensors",
                 hint="ask for backend='dense', which runs wherever torch does",
@@ -65,53 +66,63 @@ def _cpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool)
 
 def _gpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
     """Warp-specialised kernels where there are some, else Triton's."""
-    _check_triton(q, v)
-    from attncc.backends.gluon.launch import unsupported
-
-    return (_triton if unsupported(q, v) else _gluon)(bound, q, k, v, deterministic)
+    return _by_kernels(bound, q, k, v, deterministic, specialised=True)
 
 
 def _gluon(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
     _check_triton(q, v)
-    from attncc.backends.gluon.launch import forward, unsupported
+    from attncc.backends.gluon import launch, launch_backward
+    from attncc.backends.triton import autograd
 
-    if reason := unsupported(q, v):
+    reason = launch.unsupported(q, v)
+    if not reason and autograd.wants_gradients(autograd.differentiable(bound), q, k, v):
+        reason = launch_backward.unsupported(bound.plan, q, v, deterministic)
+    if reason:
         raise UnsupportedError(
             f"the gluon backend cannot run this call: {reason}",
             hint="leave the backend to be chosen",
         )
-    return _run(bound, q, k, v, deterministic, forward)
+    return _by_kernels(bound, q, k, v, deterministic, specialised=True)
 
 
 def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
-    _check_triton(q, v)
-    return _run(bound, q, k, v, deterministic)
+    return _by_kernels(bound, q, k, v, deterministic, specialised=False)
 
 
-def _run(
-    bound: BoundPlan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    deterministic: bool,
-    forward: Forward | None = None,
+def _by_kernels(
+    bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, *, specialised: bool
 ) -> Result:
-    """Triton's kernels, but for the forward if another is given."""
+    """specialised: take Gluon's kernels where they serve the call."""
+    _check_triton(q, v)
     from attncc.backends.triton.autograd import attention
+    from attncc.backends.triton.launch import Run
+
+    key = "run", specialised, deterministic, q.dtype, v.shape[-1]
+    run = bound.kept.get(key)
+    if not isinstance(run, Run):
+        run = bound.kept[key] = _run(bound, q, v, deterministic, specialised)
+    out, lse = attention(run, q, k, v)
+    return out, lse if bound.plan.program.normalize is Normalize.SOFTMAX else None
+
+
+def _run(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool, specialised: bool) -> Run:
+    from attncc.backends.gluon import launch, launch_backward
     from attncc.backends.triton.launch import Run, scale_of
-    from attncc.ir.program import Normalize
-    from attncc.numeric import index_bits
 
     plan, binding = bound.plan, bound.binding
-    name = f"{'triton' if forward is None else 'gluon'} run, deterministic={deterministic}"
-    run = bound.kept.get(name)
-    if not isinstance(run, Run):
-        wide = index_bits(plan, binding) == 64
-        scale = scale_of(plan, binding)
-        run = Run(bound, scale, wide=wide, deterministic=deterministic, forward=forward)
-        bound.kept[name] = run
-    out, lse = attention(run, q, k, v)
-    return out, lse if plan.program.normalize is Normalize.SOFTMAX else None
+    forward = backward = None
+    if specialised and not launch.unsupported(q, v):
+        forward = launch.forward
+    if specialised and not launch_backward.unsupported(plan, q, v, deterministic):
+        backward = launch_backward.backward
+    return Run(
+        bound,
+        scale_of(plan, binding),
+        wide=index_bits(plan, binding) == 64,
+        deterministic=deterministic,
+        forward=forward,
+        backward=backward,
+    )
 
 
 def tune(

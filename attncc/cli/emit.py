@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", default="bf16", show_default=True, help="bf16, fp16 or fp32.")
 @click.option("--head-dim", type=click.IntRange(1, 256), default=128, show_default=True)
 @click.option("--value-dim", type=click.IntRange(1, 256), help="[default: as --head-dim]")
-@click.option("--backend", help="triton or gluon, of the forward.  [default: as calls have it]")
+@click.option("--backend", help="triton or gluon.  [default: as calls have it]")
 @click.option("--group", type=click.IntRange(min=1), default=1, help="Query heads a key head.")
 @click.option(
     "-o",

@@ -115,7 +115,7 @@ def _blocks(plan: Plan) -> None:
 
 
 def _order(plan: Plan) -> None:
-    by_work = Order.BY_WORK in (plan.query_order, plan.key_order)
+    by_work = plan.query_order is Order.BY_WORK
     known = plan.blocks is Blocks.LISTS or bool(plan.searches)
     assert by_work == known, "work is counted where data decides it"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -52,8 +52,8 @@ class BoundPlan:
         return {}
 
     @cached_property
-    def kept(self) -> dict[str, object]:
-        """What backends make of it once and keep, each under a name of its own."""
+    def kept(self) -> dict[Hashable, object]:
+        """What backends make of it once and keep, each under keys of its own."""
         return {}
 
     @cached_property
@@ -93,14 +93,7 @@ class BoundPlan:
         """int32 [B|1, H|1, q_tiles]: query tiles by their key ranges, longest first."""
         ranges = self.plan.key_ranges
         assert ranges is not None
-        return segments.by_work(self._grid, ranges, Axis.Q, self.found)
-
-    @cached_property
-    def key_order(self) -> Tensor:
-        """int32 [B|1, H|1, kv_tiles]: key tiles by their query ranges, longest first."""
-        ranges = self.plan.query_ranges
-        assert ranges is not None
-        return segments.by_work(self._grid, ranges, Axis.KV, self.found)
+        return segments.by_work(self._grid, ranges, self.found)
 
     @cached_property
     def counts(self) -> Counts:

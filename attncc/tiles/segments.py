@@ -43,11 +43,11 @@ def evaluated(grid: TileGrid, ranges: Ranges, axis: Axis, found: Found) -> Segme
     return _evaluated(grid, ranges, grid.ends(axis), found)
 
 
-def by_work(grid: TileGrid, ranges: Ranges, axis: Axis, found: Found) -> Tensor:
-    """int32 [B|1, H|1, tiles]: the tiles along an axis, those that visit most tiles first."""
-    env = grid.env({**grid.sequences_and_heads(3), **grid.ends(axis)}, found)
-    lo, hi = _stack(ranges.visit, env, (*grid.outer, grid.tiles(axis)))
-    block = grid.block(Axis.KV if axis is Axis.Q else Axis.Q)
+def by_work(grid: TileGrid, ranges: Ranges, found: Found) -> Tensor:
+    """int32 [B|1, H|1, tiles]: the query tiles, those that visit most key tiles first."""
+    env = grid.env({**grid.sequences_and_heads(3), **grid.ends(Axis.Q)}, found)
+    lo, hi = _stack(ranges.visit, env, (*grid.outer, grid.tiles(Axis.Q)))
+    block = grid.block(Axis.KV)
     visited = ((hi + (block - 1)) // block - lo // block).clamp(min=0).sum(-1)
     return visited.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 

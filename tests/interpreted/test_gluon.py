@@ -48,7 +48,7 @@ class Schedule:
         values = launch.common(run, q, v)
         works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
         counter = torch.zeros(1, dtype=torch.int32)
-        values |= {"lse_ptr": lse, "lse2_ptr": lse2, "works": works}
+        values |= {"lse_ptr": lse, "lse2_ptr": lse2, "works": works, "nought": 0}
         values |= {"STAGES": self.stages, "Q_STAGES": self.q_stages, "CONSUMERS": self.consumers}
         values |= {"counter_ptr": counter, "REGISTERS": 240}
         tiles = {"q": (64, q), "k": (self.block_n, k), "v": (self.block_n, v), "out": (64, out)}

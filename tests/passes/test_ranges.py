@@ -189,7 +189,7 @@ def test_no_search_takes_a_parameters_name() -> None:
         (f"{CAUSAL} and q_idx - kv_idx < window", Order.NATURAL, Order.NATURAL),
         (f"{CAUSAL} or kv_idx < prefix", Order.REVERSED, Order.NATURAL),
         ("kv_idx < (q_idx // bs + 1) * bs", Order.REVERSED, Order.NATURAL),
-        ("doc[b, q_idx] == doc[b, kv_idx]", Order.BY_WORK, Order.BY_WORK),
+        ("doc[b, q_idx] == doc[b, kv_idx]", Order.BY_WORK, Order.NATURAL),
     ],
 )
 def test_order(mask: str, query_order: Order, key_order: Order) -> None:

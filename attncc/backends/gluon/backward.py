@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 
 from attncc.backends.gluon import dialect
 from attncc.backends.gluon.hoist import Value
@@ -30,7 +29,6 @@ from attncc.backends.triton.backward import (
 from attncc.backends.triton.forward import LAST, score_lines, strides
 from attncc.backends.triton.lower import Reduction
 from attncc.backends.triton.sections import (
-    SPREAD,
     File,
     Function,
     Loop,
@@ -41,7 +39,8 @@ from attncc.backends.triton.sections import (
     which_tile,
 )
 from attncc.backends.triton.text import indented
-from attncc.ir.expr import Axis
+from attncc.ir.expr import Axis, axes
+from attncc.ir.plan import Blocks
 
 NAMES = "backward", "round_dq"
 """The kernels of a file; one with a softmax begins with `delta`, and others with `clear`."""
@@ -186,7 +185,8 @@ class _Backward:
         self.functions: list[Function] = [Function("", (), (), PARTS)]
         self.rows = [v for v in self.spec.values if beside(v) == "[None, :]"]
         self.keys = [v for v in self.spec.values if beside(v) != "[None, :]"]
-        self.loop = _in_step(loop(self.plain, "kv", "q", "BLOCK_M"))
+        # Without turns: sums of dq that many programs add to at once stay in the L2.
+        self.loop = loop(self.plain, "kv", "q", "BLOCK_M", spread=False)
         own = {v.name for v in self.spec.values}
         self.gradients = [f"{name}_ptr" for _, name, _, _ in self.mods.gradients]
         self.gradients += [a for a in pair_args(self.mods) if a not in self.gradients]
@@ -197,6 +197,23 @@ class _Backward:
         known += tuple(name for read in reads if read for name in read.extra)
         self.known = tuple(name for name in dict.fromkeys(known) if name not in own)
         """What any function may be given beyond its own variables."""
+        self.shared = self._is_shared()
+        """Whether the heads of a group visit the same blocks, one head after another at each.
+
+        Programs of neighboring keys then stay together: those with fewer blocks do not run ahead
+        to later heads, and what they all read and add to stays in the L2.
+        """
+
+    def _is_shared(self) -> bool:
+        plan = self.spec.lowering.plan
+        exprs = [value.expr for value in self.keys]
+        if plan.blocks is Blocks.LISTS:
+            exprs.append(plan.mask)
+        elif plan.query_ranges is not None:
+            segments = (*plan.query_ranges.visit, *plan.query_ranges.unmasked)
+            exprs += [end for s in segments for end in (s.lo, s.hi)]
+        varies = any(axes(expr) & Axis.H for expr in exprs)
+        return not (varies or list(self.mods.sums("kv")))
 
     def text(self) -> str:
         if self.mods.pairs():
@@ -353,8 +370,7 @@ tl.atomic_add({name}_at, tl.sum({name}_ds, 0), mask=rows < q_len, sem="relaxed")
 
         def walk(start: str, end: str, tile: Function, masked: str) -> str:
             return f"""\
-for i in range({start}, {end}):
-    {tile.assigned("q_tile", {})}
+{self._blocks(start, end, tile)}\
     {fold.assigned(", ".join(self.state), {"MASKED": masked})}
     tile_before = row_tile_of(q_tile, b, h, batch, heads, q_tiles)
     step += 1
@@ -383,9 +399,7 @@ show(gl.zeros([64, BLOCK_M], ds_sm.dtype, SCORES), ds_sm, my_ds, 0, CONSUMER)
 tile_before = batch * heads * q_tiles
 step = 0
 mbarrier.wait(kv_full.index(0), 0)
-for g in range(0, GROUP):
-    h = kv_head * GROUP + g
-{indented(each)}
+{self._heads(each)}
 
 # -- dq of the last block
 mbarrier.wait(its_ds.index(step % STAGES), (step // STAGES) & 1)
@@ -414,13 +428,25 @@ tma.store_wait(0)'''
             more = "lse_rows_desc.block_type.nbytes + delta_rows_desc.block_type.nbytes"
             size = f"(\n    {size}\n    + {more}\n)"
         rows = "".join(
-            f"        tma.async_copy_global_to_shared({n}_rows_desc, [row_tile * BLOCK_M], "
+            f"    tma.async_copy_global_to_shared({n}_rows_desc, [row_tile * BLOCK_M], "
             f"full.index(slot), {n}_sm.index(slot))\n"
             for n in names
         )
         block = ""
         if names:
-            block = "        row_tile = row_tile_of(q_tile, b, h, batch, heads, q_tiles)\n"
+            block = "    row_tile = row_tile_of(q_tile, b, h, batch, heads, q_tiles)\n"
+        each = f"""\
+{tiles.found}
+{self._blocks("0", "full_count + partial_count", tiles.any)}\
+    slot = step % STAGES
+    free = ((step // STAGES) & 1) ^ 1
+    mbarrier.wait(my_done.index(slot), free)
+    mbarrier.wait(its_done.index(slot), free)
+    mbarrier.expect(full.index(slot), SIZE)
+    at = [b, h, q_tile * BLOCK_M, 0]
+    tma.async_copy_global_to_shared(q_desc, at, full.index(slot), q_sm.index(slot))
+    tma.async_copy_global_to_shared(dout_desc, at, full.index(slot), dout_sm.index(slot))
+{block}{rows}    step += 1"""
         body = f'''\
 """The part of the warp that brings keys and values, then blocks of queries."""
 {tiles.mine}
@@ -433,22 +459,25 @@ for half in gl.static_range(2):
     tma.async_copy_global_to_shared(v_desc, at, kv_full.index(0), v_sm.index(half))
 SIZE: gl.constexpr = {size}
 step = 0
-for g in range(0, GROUP):
-    h = kv_head * GROUP + g
-{indented(tiles.found)}
-    for i in range(0, full_count + partial_count):
-        {tiles.any.assigned("q_tile", {})}
-        slot = step % STAGES
-        free = ((step // STAGES) & 1) ^ 1
-        mbarrier.wait(my_done.index(slot), free)
-        mbarrier.wait(its_done.index(slot), free)
-        mbarrier.expect(full.index(slot), SIZE)
-        at = [b, h, q_tile * BLOCK_M, 0]
-        tma.async_copy_global_to_shared(q_desc, at, full.index(slot), q_sm.index(slot))
-        tma.async_copy_global_to_shared(dout_desc, at, full.index(slot), dout_sm.index(slot))
-{block}{rows}        step += 1'''
+{self._heads(each)}'''
         args = [*DESCRIPTORS, *LINES, *SIGNS, *self.known]
         return self.define("produce", [a for a in args if a != "kv_head"], body)
+
+    def _heads(self, each: str) -> str:
+        """A group's query heads: one after another, unless `_blocks` goes through them."""
+        if self.shared:
+            return f"h = kv_head * GROUP\n{each}"
+        return f"for g in range(0, GROUP):\n    h = kv_head * GROUP + g\n{indented(each)}"
+
+    def _blocks(self, start: str, end: str, tile: Function) -> str:
+        """The head of a loop over blocks, and over heads where they share them."""
+        if not self.shared:
+            return f"for i in range({start}, {end}):\n    {tile.assigned('q_tile', {})}\n"
+        end = f"({end})" if " " in end else end
+        start = start if start == "0" else f"{start} * GROUP"
+        found = tile.assigned("q_tile", {"i": "at // GROUP"})
+        head = "h = kv_head * GROUP + at % GROUP"
+        return f"for at in range({start}, {end} * GROUP):\n    {head}\n    {found}\n"
 
     # -- kernels
 
@@ -569,15 +598,6 @@ else:
     {self.any.assigned("tile", {})}
 return tile'''
             self.any = printed.define("any_block", given, body)
-
-
-def _in_step(found: Loop) -> Loop:
-    """The loop without turns: sums of dq that many programs add to at once stay in the L2."""
-    if found.full is None or SPREAD not in found.setup:
-        return found
-    tile = found.full[1][0].replace(" + turn", "")
-    setup = found.setup.split(SPREAD)[0]
-    return replace(found, setup=setup, full=(found.full[0], [tile]))
 
 
 def _numbers(found: Loop) -> tuple[str, ...]:

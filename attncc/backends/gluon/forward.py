@@ -46,7 +46,12 @@ def arrived(ring, step, STAGES: gl.constexpr):
     """The tile in a ring's slot, once it is there."""
     tiles, full, empty = ring
     mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
-    tile = tiles.index(step % STAGES)
+    return tile_in(ring, step, STAGES)
+
+
+@gluon.jit
+def tile_in(ring, step, STAGES: gl.constexpr):
+    tile = ring[0].index(step % STAGES)
     return tile.reshape([tile.shape[2], tile.shape[3]])
 
 
@@ -109,6 +114,13 @@ READ = ("scale", "b", "h", "kv_tile", "kv_len", "columns")
 
 NOTHING = Function("", (), (), "")
 
+AGAIN = """\
+    # The same q: ptxas must not count on what it set before a loop that may be skipped.
+    q = tile_in(q_ring, (step & nought) + turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)
+"""
+"""ptxas 12.8 does, of wgmma's descriptors; `sass.py` finds such kernels. In the loop, so that they
+need no registers across it."""
+
 RINGS = ("q_ring", "k_ring", "v_ring", "next_ring", "out_sm")
 TILE = ("work", "b", "h", "kv_head", "q_tile", "partial_count", "full_count", "first")
 """What names a tile of work: a query tile, how many key tiles it has, and the first of them."""
@@ -144,7 +156,7 @@ class _Forward:
         self.loop = _walk(self.file)
         self.own = tuple(value.name for value in values)
         known = (*self.mods.extra, *self._sink_extra(), *LAST, *self.loop.extra)
-        known += tuple(name for read in self.reads for name in read.extra)
+        known += ("nought", *(name for read in self.reads for name in read.extra))
         self.known = tuple(name for name in dict.fromkeys(known) if name not in (*self.own, *TILE))
         """What any function may be given beyond its own variables."""
 
@@ -387,9 +399,10 @@ tma.store_wait(0)"""
         """Lines that fold all key tiles of a query tile but the last values."""
         state = ", ".join((*self.state, "step"))
 
-        def walk(start: str, count: str, tile: Function, masked: str) -> str:
+        def walk(start: str, count: str, tile: Function, masked: str, again: str = "") -> str:
             return f"""\
 for i in range({start}, {count}):
+{again}\
     {tile.assigned("kv_tile", {})}
     {attend.assigned(state, {"MASKED": masked})}
 """
@@ -403,7 +416,7 @@ p = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)
 {walk("1", "partial_count", tiles.partial, "True")}"""
         if tiles.full is not None:
             start = "1 - tl.minimum(partial_count, 1)"
-            text += walk(start, "full_count", tiles.full, "False")
+            text += walk(start, "full_count", tiles.full, "False", AGAIN)
         return text
 
     def _store(self) -> str:

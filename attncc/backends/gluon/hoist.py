@@ -79,15 +79,15 @@ def hoisted(spec: Spec) -> AheadSpec:
     for expr, masks in ((lowering.score, False), (lowering.mask, True)):
         if expr is None:
             continue
-        for part in _parts(expr):
+        for part in parts_of(expr):
             varies = axes(part)
             # A score whose row terms cancel is also asked for single pairs, far from the tile.
             if part in parts or (cancel and not masks and varies & (Axis.Q | Axis.KV)):
                 continue
             parts[part] = Value(named(part, len(parts), lowering.plan), part, masks)
     given = {f.name: getattr(spec, f.name) for f in fields(Spec)}
-    mask = None if lowering.mask is None else _replaced(lowering.mask, parts)
-    score = _replaced(lowering.score, parts)
+    mask = None if lowering.mask is None else replaced(lowering.mask, parts)
+    score = replaced(lowering.score, parts)
     given["lowering"] = replace(lowering, mask=mask, score=score)
     return AheadSpec(**given, values=tuple(parts.values()), bounded=bounded)
 
@@ -138,13 +138,13 @@ def _is_short(expr: Expr) -> bool:
             return False
 
 
-def _parts(expr: Expr) -> Iterator[Expr]:
+def parts_of(expr: Expr) -> Iterator[Expr]:
     """The largest parts of one side's positions at most that read tensors, or divide."""
     if _is_part(expr):
         yield expr
         return
     for child in children(expr):
-        yield from _parts(child)
+        yield from parts_of(child)
 
 
 def _is_part(expr: Expr) -> bool:
@@ -156,7 +156,7 @@ def _is_part(expr: Expr) -> bool:
     return worth and not any(isinstance(n, Score) for n in nodes)
 
 
-def _replaced(expr: Expr, by: dict[Expr, Value]) -> Expr:
+def replaced(expr: Expr, by: dict[Expr, Value]) -> Expr:
     done: dict[int, Expr] = {}
     for node in postorder(expr):
         if node in by:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
-from attncc.backends.gluon.hoist import AheadSpec, Value, _parts, _replaced, named
+from attncc.backends.gluon.hoist import AheadSpec, Value, named, parts_of, replaced
 from attncc.backends.triton.lower import Lowering, between, row_ends
 from attncc.backends.triton.sections import Spec
 from attncc.ir.expr import (
@@ -74,12 +74,12 @@ def _taken(
     for part in mine:
         if part not in found:
             found[part] = Value(named(part, len(found), plan), part, masks)
-    return _replaced(expr, {part: found[part] for part in mine})
+    return replaced(expr, {part: found[part] for part in mine})
 
 
 def _numbers(expr: Expr) -> Iterable[Expr]:
     """What to read ahead: of a condition its numbers, which other conditions may need too."""
-    for part in _parts(expr):
+    for part in parts_of(expr):
         if isinstance(part, Apply) and kind(part) is Kind.BOOL:
             for child in children(part):
                 yield from _numbers(child)

@@ -34,7 +34,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `triton.launch.forward`."""
-    with launch._on(q.device):
+    with launch.on(q.device):
         q, k, v = launch.in_rows(run, q, k, v)
         out = launch.like(q, v.shape[-1])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -65,7 +65,7 @@ def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     values = launch.common(run, q, v)
     values["BLOCK_D"], values["BLOCK_DV"] = dims
     works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
-    values |= configs.constexprs(config, shape) | {"works": works}
+    values |= configs.constexprs(config, shape) | {"works": works, "nought": 0}
     consumers = values["CONSUMERS"]
     out_in_q, _ = configs.spare(config, shape)
     key = "gluon forward", id(spec), consumers, out_in_q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,18 +12,27 @@ from torch.autograd.function import once_differentiable
 
 from attncc.backends.triton import launch
 from attncc.backends.triton.launch import Run
+from attncc.tiles import BoundPlan
 
 
 def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Q, Dv] and lse [B, Hq, Q] float32; differentiable, captured tensors included."""
-    names = tuple(t.name for t in run.bound.plan.program.tensors if t.grad)
-    captured = [run.bound.binding.tensors[name] for name in names]
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captured))
-    if not wanted and not _transformed():
+    captured = differentiable(run.bound)
+    if not wants_gradients(captured, q, k, v) and not _transformed():
         return _forward(run, q, k, v)[:2]
     apply: Any = _Attention.apply
-    result: tuple[Tensor, Tensor] = apply(run, names, q, k, v, *captured)
+    result: tuple[Tensor, Tensor] = apply(run, tuple(captured), q, k, v, *captured.values())
     return result
+
+
+def differentiable(bound: BoundPlan) -> dict[str, Tensor]:
+    """The captured tensors that the program gives gradients to, by name."""
+    return {t.name: bound.binding.tensors[t.name] for t in bound.plan.program.tensors if t.grad}
+
+
+def wants_gradients(captured: Mapping[str, Tensor], *inputs: Tensor) -> bool:
+    """Whether autograd will ask for gradients of any of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *captured.values()))
 
 
 def _forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +72,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse2, *captured = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = launch.backward(ctx.run, q, k, v, out, lse2, dout.to(out.dtype), dlse)
+        backward = ctx.run.backward or launch.backward
+        grads = backward(ctx.run, q, k, v, out, lse2, dout.to(out.dtype), dlse)
         mine = [
             grads.captured[name].to(data.dtype) if name in grads.captured else None
             for name, data in zip(ctx.names, captured, strict=True)

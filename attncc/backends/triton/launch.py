@@ -48,6 +48,11 @@ def lowered(plan: Plan, half: bool, ptx: bool, descriptors: bool, wide: bool) ->
 Forward = Callable[["Run", Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(run, q, k, v) to (out, lse, lse2), as `forward` describes them."""
 
+Backward = Callable[
+    ["Run", Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], "Gradients"
+]
+"""(run, q, k, v, out, lse2, dout, dlse) to gradients, as `backward`."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -61,7 +66,8 @@ class Run:
     descriptors: bool | None = None
     """None chooses: where the GPU has them and the strides allow."""
     forward: Forward | None = None
-    """Instead of this module's own."""
+    """Instead of this module's own; so also `backward`."""
+    backward: Backward | None = None
     programs: int | None = None
     """Of kernels whose programs take tile after tile; None: one for each multiprocessor."""
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -261,13 +267,14 @@ def tiled(run: Run, values: Values, side: str, config: Config, width: int) -> in
             "start_ptr": lists.start,
             "full_count_ptr": lists.full_count,
             "partial_count_ptr": lists.partial_count,
-            "order_ptr": lists.order,
         }
         _head_strides(values, "count", lists.full_count)
-        _head_strides(values, "order", lists.order)
+        if lists.order is not None:
+            values["order_ptr"] = lists.order
     elif order is Order.BY_WORK:
         bound = run.bound.retiled((config.block_m, config.block_n))
-        values["order_ptr"] = bound.query_order if side == "q" else bound.key_order
+        values["order_ptr"] = bound.query_order
+    if "order_ptr" in values:
         _head_strides(values, "order", values["order_ptr"])
     return tiles * binding.batch * width
 
@@ -324,7 +331,7 @@ def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     lse2 is in log2 units, rounded once, and inf where a row keeps no key. If not softmax neither is
     written.
     """
-    with _on(q.device):
+    with on(q.device):
         q, k, v = in_rows(run, q, k, v)
         out = like(q, v.shape[-1])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -386,13 +393,12 @@ def backward(
     dlse: Tensor | None,
 ) -> Gradients:
     """Gradients of out and lse with respect to q, k, v and captured tensors."""
-    with _on(q.device):
+    with on(q.device):
         q, k, v, dout = in_rows(run, q, k, v, dout)
-        call = Backward(run, q, k, v, out, lse2, dout, dlse)
-        return call.gradients()
+        return _Backward(run, q, k, v, out, lse2, dout, dlse).gradients()
 
 
-class Backward:
+class _Backward:
     """The kernels of one backward: each row's delta, then dk and dv beside dq."""
 
     def __init__(
@@ -521,7 +527,7 @@ def _side_stream(device: torch.device) -> Any:
     return stream(device)
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """Kernels start on the current GPU, whichever holds their tensors."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

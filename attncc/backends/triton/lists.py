@@ -39,15 +39,15 @@ class Lists:
     index: int16 (int32 above 32767 tiles), flat: a row's full tiles from its start on, its partial
            ones behind them, both ascending.
     start: int64 [B|1, H|1, rows].
-    full_count, partial_count, order: int32 [B|1, H|1, rows]; order has the rows with the most
-           tiles first.
+    full_count, partial_count: int32 [B|1, H|1, rows].
+    order: int32 [B|1, H|1, rows], query tiles with the most key tiles first; None of key tiles.
     """
 
     index: Tensor
     start: Tensor
     full_count: Tensor
     partial_count: Tensor
-    order: Tensor
+    order: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ class ListMaker:
                 "list_size": size,
             }
             self._start(f"{columns.one}_lists", (shape[2], *outer), values, LIST_WARPS)
-        work = full_count + partial_count
-        order = work.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        order = None
+        if rows is QUERIES:
+            order = (full_count + partial_count).argsort(dim=-1, descending=True, stable=True)
+            order = order.to(torch.int32)
         return Lists(index, start, full_count, partial_count, order)
 
     def _start(self, name: str, grid: tuple[int, ...], values: Values, warps: int) -> None:

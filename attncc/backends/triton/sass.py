@@ -5,7 +5,8 @@ between two of them; a descriptor of HGMMA is then a sum on top of whatever the 
 a kernel multiplies the wrong shared memory, or traps. What was seen: forward kernels that put k and
 v into one buffer in turn (num_stages=1, or rows that no asynchronous copy takes), with 64 or more
 keys a tile and value rows under 128 bytes that are shorter than k's. ptxas 12.9 and 13.1 compiled
-the same PTX right.
+the same PTX right. And warp-specialised forwards, where a second loop used what was set before a
+first one that may be skipped.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ NAMED = {
     "argument": "an argument of the kernel",
     "address": "an address",
 }
-JUMPS = ("BRA", "JMP", "EXIT", "RET")
-COMPUTED = ("BRX", "BRXU", "JMX", "JMXU", "CALL")
+TABLES = ("BRX", "BRXU")
+"""Jumps into a table, as warp-specialised kernels begin: to what else is not reached."""
+JUMPS = ("BRA", "JMP", "EXIT", "RET", *TABLES)
+COMPUTED = ("JMX", "JMXU", "CALL")
 LIMIT = 8
 """Values of a register that are told apart."""
 
@@ -201,7 +204,23 @@ def flow(code: list[Instruction]) -> dict[int, Block]:
         current.leads_to += this.targets
         if below and below.address in blocks and this.falls_through:
             current.leads_to.append(below.address)
+    tables = [block for block in blocks.values() if block.code[-1].name in TABLES]
+    for head in blocks if tables else ():
+        if head not in _reached(blocks):
+            for table in tables:
+                table.leads_to.append(head)
     return blocks
+
+
+def _reached(blocks: Mapping[int, Block]) -> set[int]:
+    """Where a kernel may come that begins with the first block."""
+    found, todo = set(), list(blocks)[:1]
+    while todo:
+        at = todo.pop()
+        if at not in found:
+            found.add(at)
+            todo += blocks[at].leads_to
+    return found
 
 
 def settle(blocks: Mapping[int, Block]) -> dict[int, State]:

@@ -267,15 +267,19 @@ class Loop:
     """What the set-up reads beyond tiles and lengths."""
 
 
-def loop(file: File, rows: str, columns: str, block: str) -> Loop:
-    """The unmasked and the partial tiles of one row tile; `columns` is "kv" or "q"."""
+def loop(file: File, rows: str, columns: str, block: str, *, spread: bool = True) -> Loop:
+    """The unmasked and the partial tiles of one row tile; `columns` is "kv" or "q".
+
+    spread: programs whose unmasked tiles are the same begin apart.
+    """
     plan = file.spec.lowering.plan
     ranges = plan.key_ranges if columns == "kv" else plan.query_ranges
     if plan.blocks is Blocks.LISTS:
         return _list_loop(rows)
     assert ranges is not None
     ends = [end for s in (*ranges.visit, *ranges.unmasked) for end in (s.lo, s.hi)]
-    return replace(_range_loop(file, ranges, columns, block), extra=file.extras(ends))
+    found = _range_loop(file, ranges, columns, block, spread=spread)
+    return replace(found, extra=file.extras(ends))
 
 
 def _list_loop(rows: str) -> Loop:
@@ -294,7 +298,7 @@ partial_list_ptr = full_list_ptr + full_count
     )
 
 
-def _range_loop(file: File, ranges: Ranges, columns: str, block: str) -> Loop:
+def _range_loop(file: File, ranges: Ranges, columns: str, block: str, *, spread: bool) -> Loop:
     lines = ["# -- its tiles: visited ones, those that need no mask, and the partial rest"]
     visit = _tiles(file, ranges.visit, "visit", block, columns, outward=True, lines=lines)
     full = _tiles(file, ranges.unmasked, "full", block, columns, outward=False, lines=lines)
@@ -309,7 +313,7 @@ def _range_loop(file: File, ranges: Ranges, columns: str, block: str) -> Loop:
     lo, hi = full[0]
     if len(full) == 1:
         tile = [f"{lo} + i"]
-        if columns == "q" and not _varies(ranges.unmasked):
+        if spread and columns == "q" and not _varies(ranges.unmasked):
             lines += [SPREAD, f"turn = kv_tile * 17 % tl.maximum({hi} - {lo}, 1)"]
             tile = [
                 f"{lo} + turn + i",

@@ -47,7 +47,11 @@ def compiled(plan: Plan, dim: int) -> tuple[aot.Compiled, Config]:
     constants: dict[str, Any] = emit._constants(call, config) | emit._unit_strides(spec)
     constants |= {"STAGES": config.num_stages, "Q_STAGES": q_stages}
     constants |= {"CONSUMERS": config.block_m // 64, "REGISTERS": configs.registers(config)}
-    types = emit._signature(spec, call, config) | {"works": "i32", "counter_ptr": "*i32"}
+    types = emit._signature(spec, call, config) | {
+        "works": "i32",
+        "nought": "i32",
+        "counter_ptr": "*i32",
+    }
     for name, rows in (("q", 64), ("k", config.block_n), ("v", config.block_n), ("out", 64)):
         block = [1, 1, rows, dim]
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)

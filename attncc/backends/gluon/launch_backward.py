@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncc.backends.gluon import configs
+from attncc.backends.gluon import launch as launch_forward
 from attncc.backends.gluon.backward import NAMES, backward_source
-from attncc.backends.gluon.launch import _is_hopper, described
+from attncc.backends.gluon.launch import described
 from attncc.backends.triton import gradients, launch
 from attncc.backends.triton.arguments import Values
 from attncc.backends.triton.configs import Config
@@ -18,36 +20,15 @@ from attncc.backends.triton.kernels import Kernel, load
 from attncc.backends.triton.launch import Gradients, Run, strided
 from attncc.backends.triton.prepared import Prepared, again, layout, start, stream_of
 from attncc.backends.triton.sections import Spec
-
-DIMS = (64, 128)
-"""Columns of tiles that are printed; narrower heads are padded."""
-
-PAIRS = 8192
-"""Numbers of a block of queries, [128, 64] or [64, 128]."""
-
-KEYS = 128
-STAGES = 2
-"""Blocks of queries in shared memory; with one, a warpgroup would wait for the other's next."""
-
-REGISTERS = 240
+from attncc.ir.plan import Plan
 
 
-def unsupported(run: Run, q: Tensor, v: Tensor) -> str:
+def unsupported(plan: Plan, q: Tensor, v: Tensor, deterministic: bool) -> str:
     """Why no warp-specialised backward serves a call; empty where one does."""
-    if not (q.is_cuda and _is_hopper(q.device)):
-        return f"it is for sm_90, and q is on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, and q is {str(q.dtype).removeprefix('torch.')}"
-    if 0 in q.shape or 0 in v.shape:
-        return "there is nothing to attend"
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] % 8:
-            return f"rows are multiples of 16 bytes, and {name} has {x.shape[-1]} columns"
-    if max(q.shape[-1], v.shape[-1]) > DIMS[-1]:
-        return f"it has no kernel for head dims above {DIMS[-1]}"
-    if run.deterministic:
-        return "it adds to dq in the order that programs come"
-    return ""
+    dtype = str(q.dtype).removeprefix("torch.")
+    if reason := launch_forward.unsupported(q, v):
+        return reason
+    return configs.backward_unsupported(plan, dtype, q.shape[-1], v.shape[-1], deterministic)
 
 
 def backward(
@@ -61,7 +42,7 @@ def backward(
     dlse: Tensor | None,
 ) -> Gradients:
     """As `triton.launch.backward`."""
-    with launch._on(q.device):
+    with launch.on(q.device):
         q, k, v, dout = launch.in_rows(run, q, k, v, dout)
         return _Backward(run, q, k, v, out, lse2, dout, dlse).gradients()
 
@@ -82,9 +63,11 @@ class _Backward:
     ) -> None:
         self.run, self.has_dlse = run, dlse is not None
         self.lowering = run.lowering
-        self.dim = next(n for n in DIMS if n >= max(q.shape[-1], v.shape[-1]))
-        self.rows = PAIRS // self.dim
-        """Queries of a block."""
+        self.dim = configs.backward_columns(q.shape[-1], v.shape[-1])
+        self.config = configs.backward(self.dim)
+        if run.configs and "gluon_backward" in run.configs:
+            self.config = run.configs["gluon_backward"]
+        self.rows = self.config.block_m
         self.q_tiles = math.ceil(q.shape[2] / self.rows)
         batch, heads, q_len = q.shape[:3]
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -93,7 +76,8 @@ class _Backward:
         self.tensors |= {"dq": dq, "dk": dk, "dv": dv, **self.buffers}
         self.tensors["dlse"] = lse2 if dlse is None else dlse.float().contiguous()
         # One block more: where programs add what they have before their first block.
-        self.tensors["dq_sum"] = lse2.new_empty(batch * heads * self.q_tiles + 1, PAIRS)
+        blocks = batch * heads * self.q_tiles + 1
+        self.tensors["dq_sum"] = lse2.new_empty(blocks, configs.BACKWARD_PAIRS)
         if self.lowering.softmax:
             padded = lse2.new_empty(2, batch, heads, self.q_tiles * self.rows)
             self.tensors["lse_rows"], self.tensors["delta_rows"] = padded
@@ -143,16 +127,13 @@ class _Backward:
 
     def _first_backward(self) -> Prepared | None:
         run, tensors = self.run, self.tensors
-        config = Config(self.rows, KEYS, 8, STAGES)
-        if run.configs and "gluon_backward" in run.configs:
-            config = run.configs["gluon_backward"]
         values = self._values()
-        grid = launch.tiled(run, values, "kv", config, run.bound.binding.kv_heads)
-        values |= {"STAGES": config.num_stages, "REGISTERS": REGISTERS, "nought": 0}
+        grid = launch.tiled(run, values, "kv", self.config, run.bound.binding.kv_heads)
+        values |= {"nought": 0, **configs.backward_constexprs(self.config, self.dim)}
         for name in ("q", "dout"):
             values[f"{name}_desc"] = described(tensors[name], self.rows, self.dim)
         for name in ("k", "v", "dk", "dv"):
-            values[f"{name}_desc"] = described(tensors[name], KEYS // 2, self.dim)
+            values[f"{name}_desc"] = described(tensors[name], configs.ROWS, self.dim)
         for name in ("lse_rows", "delta_rows"):
             if name in tensors:
                 values[f"{name}_desc"] = _in_line(tensors[name], self.rows)
