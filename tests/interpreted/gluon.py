@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from torch import Tensor
 
 PATIENCE = 20.0
 """Seconds a partition waits before it is taken to wait forever."""
+
+LAGGARD: int | None = None
+"""The number of a partition that is late after each wait; who does not wait for it then fails."""
 
 
 # -- dtypes and values
@@ -260,6 +264,8 @@ class Barrier:
             if _FAILED.is_set():
                 raise Stopped
             assert passed, "a barrier is waited for that nothing will complete"
+        if _HERE.part.number == LAGGARD:
+            time.sleep(0.002)
 
     def _end(self) -> None:
         if self.missing == 0 and self.bytes == 0:
@@ -318,6 +324,7 @@ class Part:
     """What one partition has in flight."""
 
     program: tuple[int, ...] = (0,)
+    number: int = 0
     products: deque[Any] = field(default_factory=deque)
     stores: list[Callable[[], None]] = field(default_factory=list)
 
@@ -388,10 +395,11 @@ def _warp_specialize(parts: Sequence[Any], warps: Sequence[int], registers: Sequ
     program = _HERE.part.program
     errors: list[BaseException] = []
 
-    def run(function: Any, args: Sequence[Any]) -> None:
-        _HERE.part = Part(program)
+    def run(number: int, function: Any, args: Sequence[Any]) -> None:
+        _HERE.part = Part(program, number)
         try:
-            function(*args)
+            with np.errstate(all="ignore"):
+                function(*args)
             assert not _HERE.part.products and not _HERE.part.stores, "left in flight"
         except BaseException as error:
             with _LOCK:
@@ -399,7 +407,7 @@ def _warp_specialize(parts: Sequence[Any], warps: Sequence[int], registers: Sequ
                 _FAILED.set()
                 _CHANGED.notify_all()
 
-    threads = [threading.Thread(target=run, args=part) for part in parts]
+    threads = [threading.Thread(target=run, args=(i, *part)) for i, part in enumerate(parts)]
     for thread in threads:
         thread.start()
     for thread in threads:
