@@ -1,0 +1,164 @@
+"""Warp-specialised backwards, on a GPU made of threads, against the dense interpreter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attncc
+from attncc.backends.gluon import launch_backward
+from attncc.backends.triton import launch
+from attncc.backends.triton.configs import Config
+from attncc.backends.triton.launch import Gradients, Run
+from attncc.binding import Binding
+from attncc.frontend import parse
+from attncc.inputs import Lengths
+from attncc.ir.program import Normalize, Program
+from benchmarks.cases import programs
+from tests import strategies
+from tests.cases import bindings
+from tests.interpreted import gluon
+from tests.interpreted.harness import Inputs, check, inputs
+from tests.interpreted.test_gluon import Schedule
+from tests.interpreted.test_kernels import EXAMPLES, bind, load
+
+FORWARD = {"forward": Config(64, 64, 4, 1)}
+
+
+@contextmanager
+def simulated() -> Iterator[list[str]]:
+    """Backwards are warp-specialised ones, launched as ever, run by `gluon`; yields what ran."""
+    ran: list[str] = []
+
+    def loaded(stem: str, text: str, names: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+        return {name: (text, name) for name in names}
+
+    def start(kernel: tuple[str, str], grid: tuple[int, ...], values: Any, *rest: Any) -> None:
+        gluon.run(*kernel, grid, values)
+        ran.append(kernel[1])
+
+    def in_line(x: Tensor, count: int) -> gluon.Descriptor:
+        return gluon.Descriptor(x.view(-1).numpy(), (count,), dtype=gluon.FLOAT32)
+
+    stand_ins = {"load": loaded, "start": start, "described": gluon.described, "_in_line": in_line}
+    with (
+        mock.patch.multiple(launch_backward, **stand_ins),
+        mock.patch.object(launch, "backward", _backward),
+    ):
+        yield ran
+
+
+def _backward(run: Run, *given: Any) -> Gradients:
+    torch.use_deterministic_algorithms(True)  # which fills new memory with nan
+    try:
+        return launch_backward.backward(run, *given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def configs(value_dim: int, stages: int) -> dict[str, Config]:
+    rows = 128 if value_dim <= 64 else 64
+    return FORWARD | {"gluon_backward": Config(rows, 128, 8, stages)}
+
+
+def compare(program: Program, binding: Binding, value_dim: int, **options: Any) -> None:
+    given = inputs(binding, value_dim, rows_first=binding.batch > 1)
+    with simulated() as ran:
+        check(program, binding, given, **{"configs": FORWARD, **options})
+    first = "delta" if program.normalize is Normalize.SOFTMAX else "clear"
+    assert ran == [first, "backward", "round_dq"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_narrow_heads_equal_dense(path: Path) -> None:
+    program = load(path)
+    compare(program, bind(program, Lengths(1, 4, 2, 270, 280, 64)), value_dim=64)
+
+
+@pytest.mark.parametrize("name", programs())
+def test_wide_heads_equal_dense(name: str) -> None:
+    program = programs()[name]
+    compare(program, bind(program, Lengths(2, 2, 1, 150, 290, 40)), value_dim=72)
+
+
+@pytest.mark.parametrize("name", ["alibi", "empty_rows", "head_sink", "s2", "sigmoid_bias"])
+def test_more_queries_than_keys_after_a_forward_of_their_kind(name: str) -> None:
+    program = programs()[name]
+    binding = bind(program, Lengths(1, 2, 2, 290, 140, 128))
+    compare(program, binding, value_dim=24, forward=Schedule(block_n=64).forward)
+
+
+@settings(max_examples=max(25, settings.default.max_examples // 4))
+@given(strategies.programs(), bindings(1, 150), st.sampled_from((16, 72)), st.sampled_from((2, 3)))
+def test_random_programs_equal_dense(
+    program: Program, binding: Binding, value_dim: int, stages: int
+) -> None:
+    compare(program, binding, value_dim, wide=True, configs=configs(value_dim, stages))
+
+
+@pytest.mark.parametrize("laggard", range(3))
+@pytest.mark.parametrize(("value_dim", "stages"), [(16, 2), (72, 3)])
+def test_whoever_is_late_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, laggard: int, value_dim: int, stages: int
+) -> None:
+    monkeypatch.setattr(gluon, "LAGGARD", laggard)
+    program = load(Path("examples/causal.attn"))
+    binding = bind(program, Lengths(1, 2, 1, 400, 250, 16))
+    compare(program, binding, value_dim, configs=configs(value_dim, stages))
+
+
+@pytest.mark.parametrize("mask", ["not q_idx >= kv_idx", "kv_idx != kv_idx", "true"])
+def test_keys_beyond_the_last_get_nothing_and_give_nothing(mask: str) -> None:
+    (program,) = parse(f"attention short():\n    mask = {mask}\n")
+    for lengths in (Lengths(1, 1, 1, 1, 1, 16), Lengths(1, 2, 1, 70, 37, 16)):
+        compare(program, bind(program, lengths), value_dim=16)
+
+
+def test_keys_beyond_the_last_do_not_reach_dq_however_low_scores_are() -> None:
+    program = load(Path("examples/full.attn"))
+    binding = bind(program, Lengths(1, 1, 1, 256, 150, 64))
+    given = inputs(binding, value_dim=16)
+    low = Inputs(given.q.sign() * 0.01 - 4, given.k.sign() * 0.01 + 4, given.v)
+    with simulated():
+        check(program, binding, low, configs=FORWARD)
+
+
+def _grads(attention: Any, backend: str, *given: Tensor, **captured: Tensor) -> list[Tensor]:
+    out = attention(*given, **captured, backend=backend)
+    return list(torch.autograd.grad(out.square().sum(), given))
+
+
+def test_lse_may_have_no_gradient() -> None:
+    attention = attncc.compile("examples/causal.attn")
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 150, 16, generator=rng, requires_grad=True) for _ in range(3))
+    with simulated() as ran:
+        found = _grads(attention, "triton", q, k, v)
+    assert "backward" in ran
+    torch.testing.assert_close(found, _grads(attention, "dense", q, k, v), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [-math.inf, -1e9, 1e9, math.nan])
+def test_what_one_row_adds_to_its_scores_stays_in_its_dq(value: float) -> None:
+    text = "mask = q_idx >= kv_idx\n    score = score + bias[q_idx]"
+    attention = attncc.compile(f"attention rows(bias: float[q_len]):\n    {text}\n")
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 150, 16, generator=rng, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(150)
+    bias[[0, 16, 149]] = value
+    with simulated() as ran:
+        found = _grads(attention, "triton", q, k, v, bias=bias)
+    assert "backward" in ran
+    wanted = _grads(attention, "dense", q, k, v, bias=bias)
+    rows = bias == 0
+    torch.testing.assert_close(found[0][:, :, rows], wanted[0][:, :, rows], atol=1e-4, rtol=1e-4)
