@@ -49,8 +49,11 @@ def classes_of(lists, bound: BoundPlan, *, transposed: bool) -> torch.Tensor:
             assert (tiles.diff() > 0).all()
             found[at][tiles] = value
             start = end
+    if transposed:
+        assert lists.order is None
+        return found.transpose(2, 3)
     assert lists.order.sort(-1).values.equal(torch.arange(rows).expand(lists.order.shape).int())
-    return found.transpose(2, 3) if transposed else found
+    return found
 
 
 def check(bound: BoundPlan, chunk: int) -> None:
