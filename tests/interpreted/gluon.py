@@ -542,9 +542,9 @@ NAMES = {
     "mbarrier": SimpleNamespace(
         MBarrierLayout=_ignored,
         init=lambda barrier, count: barrier.init(count),
-        arrive=lambda barrier, pred=True: barrier.arrive() if pred else None,
+        arrive=lambda barrier: barrier.arrive(),
         expect=lambda barrier, count: barrier.expect(count),
-        wait=lambda barrier, parity, pred=True: barrier.wait(parity) if pred else None,
+        wait=lambda barrier, parity: barrier.wait(parity),
     ),
     "tma": SimpleNamespace(
         async_copy_global_to_shared=_bring,

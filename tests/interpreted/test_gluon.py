@@ -55,7 +55,7 @@ class Schedule:
         for name, (rows, x) in tiles.items():
             columns = values["BLOCK_DV" if name in ("v", "out") else "BLOCK_D"]
             values[f"{name}_desc"] = gluon.described(x, rows, columns)
-        text = forward_source(spec, self.consumers, self.out_in_q, skips=True)
+        text = forward_source(spec, self.consumers, self.out_in_q)
         programs = min(works, self.programs)
         gluon.run(text, "forward", (programs,), values)
         assert not programs or counter == 0, "the counter is as it was for the next call"

@@ -109,11 +109,6 @@ def constexprs(config: Config, shape: Shape) -> dict[str, int]:
     }
 
 
-def skips(config: Config) -> bool:
-    """Whether a tile of keys may lie behind all that some of its warpgroups' queries keep."""
-    return config.block_n <= config.block_m - ROWS
-
-
 def registers(config: Config) -> int:
     """Registers a thread of a consumer takes, when the producer has given up what it can."""
     return {8: 240, 12: 160}[config.num_warps]

@@ -92,8 +92,7 @@ def _forward(plan: Plan, call: Call, target: aot.Target) -> tuple[str, Config, S
     config = configs.default(shape, plan)
     out_in_q, _ = configs.spare(config, shape)
     spec = emit.spec(plan, call.dtype, target)
-    printed = config.block_m // configs.ROWS, out_in_q, configs.skips(config)
-    return forward_source(spec, *printed), config, shape
+    return forward_source(spec, config.block_m // configs.ROWS, out_in_q), config, shape
 
 
 WARPS = 4

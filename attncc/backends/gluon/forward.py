@@ -22,12 +22,11 @@ from attncc.backends.triton.sections import (
     Spec,
     define,
     loop,
-    narrow,
     positions,
     which_tile,
 )
 from attncc.backends.triton.text import indented
-from attncc.ir.expr import Q_LAST, Axis, walk
+from attncc.ir.expr import Axis
 from attncc.ir.plan import Blocks
 from attncc.ir.program import Normalize
 
@@ -61,14 +60,6 @@ def release(ring, step, STAGES: gl.constexpr):
     """One warpgroup has done with a ring's slot."""
     tiles, full, empty = ring
     mbarrier.arrive(empty.index(step % STAGES))
-
-
-@gluon.jit
-def drop(ring, step, skip, STAGES: gl.constexpr):
-    """One warpgroup does not need a ring's slot, if it skips that."""
-    tiles, full, empty = ring
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=skip > 0)
-    mbarrier.arrive(empty.index(step % STAGES), pred=skip > 0)
 
 
 @gluon.jit
@@ -135,18 +126,17 @@ TILE = ("work", "b", "h", "kv_head", "q_tile", "partial_count", "full_count", "f
 """What names a tile of work: a query tile, how many key tiles it has, and the first of them."""
 
 
-def forward_source(spec: Spec, consumers: int, out_in_q: bool, skips: bool) -> str:
+def forward_source(spec: Spec, consumers: int, out_in_q: bool) -> str:
     """One readable, stand-alone file with the kernel `forward`.
 
     consumers: warpgroups, each with 64 queries of a tile.
     out_in_q:  the output leaves through the shared memory of q, of which there is no more.
-    skips:     tiles of keys are small enough that the last one may lie behind a warpgroup's keys.
     """
-    return _Forward(spec, consumers, out_in_q, skips).text()
+    return _Forward(spec, consumers, out_in_q).text()
 
 
 class _Forward:
-    def __init__(self, spec: Spec, consumers: int, out_in_q: bool, skips: bool) -> None:
+    def __init__(self, spec: Spec, consumers: int, out_in_q: bool) -> None:
         self.consumers, self.out_in_q = consumers, out_in_q
         self.plain = File(spec)
         """Before anything was taken out of the mods."""
@@ -164,8 +154,6 @@ class _Forward:
         ]
         self.mods = Mods(self.file)
         self.loop = _walk(self.file)
-        self.skips = [f"skip_{at}" for at in range(consumers - 1)] if skips and _grows(spec) else []
-        """By consumer but the last, whose queries are a tile's last: whether it skips a tile."""
         self.own = tuple(value.name for value in values)
         known = (*self.mods.extra, *self._sink_extra(), *LAST, *self.loop.extra)
         known += ("nought", *(name for read in self.reads for name in read.extra))
@@ -200,7 +188,7 @@ class _Forward:
             "A query tile and its key tiles, `swizzle` heads at a time; partial ones first."
         )
         body += _lines(["at = tl.minimum(work, works - 1)", *lines, "kv_head = h // GROUP"])
-        if self.skips or re.search(r"\bq_(lo|last)\b", self.loop.setup):
+        if re.search(r"\bq_(lo|last)\b", self.loop.setup):
             body += "q_lo = q_tile * BLOCK_M\n"
         if re.search(r"\bq_last\b", self.loop.setup):
             body += "q_last = tl.minimum(q_lo + BLOCK_M, q_len) - 1\n"
@@ -213,9 +201,8 @@ first = 0
 if partial_count + full_count > 0:
 {indented(tiles.numbered("0", "first"))}
 partial_count = tl.maximum(partial_count, 1 - tl.minimum(full_count, 1))
-{self._skipped()}\
-{_returned((*TILE, *self.skips, *numbers))}"""
-        names = (*TILE, *self.skips, *numbers)
+{_returned((*TILE, *numbers))}"""
+        names = (*TILE, *numbers)
         place = self._define("place", ("work", "works", *self.known), body)
         slots = len(names)
         given = "".join(f"put(words, slot * {slots} + {i}, {n})\n" for i, n in enumerate(names))
@@ -240,41 +227,9 @@ mbarrier.arrive(empty.index(slot))
         take = self._define("take", ("next_ring", "turn"), body)
         return replace(tiles, place=place, give=give, take=take, names=names)
 
-    def _skipped(self) -> str:
-        """Lines that say which consumers' keys end before the first tile, the last of all."""
-        if not self.skips:
-            return ""
-        ranges = self.plain.spec.lowering.plan.key_ranges
-        assert ranges is not None
-        lines, ends = self.plain.ends.body([segment.hi for segment in ranges.visit])
-        body = _doc("The end of the keys of some of a tile's queries.") + _lines(lines)
-        body += f"end = {narrow(self.spec, ends[0], ranges.visit[0].hi, 'kv_len')}\n"
-        for text, segment in zip(ends[1:], ranges.visit[1:], strict=True):
-            body += f"end = tl.maximum(end, {narrow(self.spec, text, segment.hi, 'kv_len')})\n"
-        args = ("b", "h", "kv_head", "q_lo", "q_last", *self.known)
-        end = self._define("end_of", args, body + "return end")
-        text = "\n# -- a consumer whose keys end before the first tile, the last one, skips it\n"
-        text += "may_skip = (work < works) & (partial_count > 1)\n"
-        for at, name in enumerate(self.skips):
-            text += f"q_last = tl.minimum(q_lo + {64 * (at + 1)}, q_len) - 1\n"
-            text += f"{name} = tl.where(may_skip & ({_called(end, {})} <= first * BLOCK_N), 1, 0)\n"
-        return text
-
-    @property
-    def _skip(self) -> str:
-        """Lines that say whether this consumer skips the first tile."""
-        text = "skip = 0\n" if self.skips else ""
-        for at, name in enumerate(self.skips):
-            text += f"if CONSUMER == {at}:\n    skip = {name}\n"
-        return text
-
     def _numbering(self, numbers: tuple[str, ...]) -> Tiles:
         def define(name: str, doc: str, tiles: list[str]) -> Function:
-            body = _doc(f"The number of the i-th {doc} key tile.")
-            if name == "partial_tile":
-                body = _doc(f"The number of the i-th {doc} key tile, the last one first.")
-                body += "i = partial_count - 1 - i\n"
-            body += _numbered(tiles)
+            body = _doc(f"The number of the i-th {doc} key tile.") + _numbered(tiles)
             return self._define(name, ("i", *numbers, *COUNTS, "index_ptr"), body)
 
         partial = define("partial_tile", "partial", self.loop.partial[1])
@@ -365,9 +320,7 @@ release(v_ring, step, STAGES)
 tile = take(next_ring, turn)
 {_unpacked(tiles.names, "tile")}
 q = arrived(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)
-{self._skip}\
-{"drop(k_ring, step, skip, STAGES)" if self.skips else ""}
-k = arrived(k_ring, step{" + skip" if self.skips else ""}, STAGES)
+k = arrived(k_ring, step, STAGES)
 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 """
         if read.values:
@@ -415,7 +368,6 @@ turn = 0
 score = warpgroup_mma_wait(0, deps=(score,))
 while tile[0] < works:
 {indented(_unpacked(tiles.names, "tile"))}
-{indented(self._skip + ("step += skip" if self.skips else ""))}
     release(k_ring, step, STAGES)
 {indented(self._rows(weigh))}
 {indented(self._keys(tiles, weigh, attend))}
@@ -455,20 +407,13 @@ for i in range({start}, {count}):
     {attend.assigned(state, {"MASKED": masked})}
 """
 
-        skip = drop = ""
-        first = "kv_tile = first\n"
-        if self.skips:
-            first = f"{tiles.partial.assigned('kv_tile', {'i': 'skip'})}\n"
-            first = f"kv_tile = first\nif skip > 0:\n{indented(first)}"
-            drop, skip = "drop(v_ring, step - 1, skip, STAGES)\n", " + skip"
         text = f"""\
 q = arrived(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)
-{first}\
+kv_tile = first
 {self._read_ahead("True")}\
 {self._weighed(weigh, "p", "True")}
 p = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)
-{drop}\
-{walk(f"1{skip}", "partial_count", tiles.partial, "True")}"""
+{walk("1", "partial_count", tiles.partial, "True")}"""
         if tiles.full is not None:
             start = "1 - tl.minimum(partial_count, 1)"
             text += walk(start, "full_count", tiles.full, "False", AGAIN)
@@ -632,14 +577,6 @@ class Tiles:
             return partial
         full = self.full.assigned(target, {"i": f"{i} - partial_count"})
         return f"if {i} < partial_count:\n    {partial}\nelse:\n    {full}"
-
-
-def _grows(spec: Spec) -> bool:
-    """Whether the keys of a tile's last queries end behind those of its first ones."""
-    plan = spec.lowering.plan
-    if plan.blocks is not Blocks.RANGES or plan.key_ranges is None:
-        return False
-    return any(node == Q_LAST for s in plan.key_ranges.visit for node in walk(s.hi))
 
 
 def _walk(file: File) -> Loop:

@@ -49,8 +49,8 @@ def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     return out, lse, lse2
 
 
-def _kernel(spec: Spec, consumers: int, out_in_q: bool, skips: bool) -> Kernel:
-    text = forward_source(spec, consumers, out_in_q, skips)
+def _kernel(spec: Spec, consumers: int, out_in_q: bool) -> Kernel:
+    text = forward_source(spec, consumers, out_in_q)
     return load(f"{spec.name}_gluon_forward", text, ("forward",))["forward"]
 
 
@@ -68,9 +68,8 @@ def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     values |= configs.constexprs(config, shape) | {"works": works, "nought": 0}
     consumers = values["CONSUMERS"]
     out_in_q, _ = configs.spare(config, shape)
-    printed = consumers, out_in_q, configs.skips(config)
-    key = "gluon forward", id(spec), *printed
-    kernel: Kernel = run._known(key, lambda: _kernel(spec, *printed))
+    key = "gluon forward", id(spec), consumers, out_in_q
+    kernel: Kernel = run._known(key, lambda: _kernel(spec, consumers, out_in_q))
     values |= {f"{name}_ptr": tensors[name] for name in ("lse", "lse2")}
     values["q_desc"] = described(q, configs.ROWS, dims[0])
     values["k_desc"] = described(k, config.block_n, dims[0])

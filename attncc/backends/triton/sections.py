@@ -353,7 +353,7 @@ def _tiles(
         before, (lo_text, hi_text) = file.ends.body((segment.lo, segment.hi))
         lines += before
         lo_text, hi_text = (
-            narrow(file.spec, text, expr, f"{columns}_len")
+            _narrow(file.spec, text, expr, f"{columns}_len")
             for text, expr in ((lo_text, segment.lo), (hi_text, segment.hi))
         )
         if outward:
@@ -382,7 +382,7 @@ def _short(name: str, text: str, lines: list[str]) -> str:
     return name
 
 
-def narrow(spec: Spec, text: str, expr: Expr, length: str) -> str:
+def _narrow(spec: Spec, text: str, expr: Expr, length: str) -> str:
     """Text of 32 bits: arguments and captured tensors may be wider."""
     own = spec.lowering.plan.program.tensors
     loads = [n for n in walk(expr) if isinstance(n, Load)]

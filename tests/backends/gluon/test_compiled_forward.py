@@ -41,7 +41,7 @@ def compiled(plan: Plan, dim: int) -> tuple[aot.Compiled, Config]:
     config = configs.default(shape, plan)
     out_in_q, q_stages = configs.spare(config, shape)
     spec = Spec(lower(plan), half=True, ptx=True, descriptors=True)
-    text = forward_source(spec, config.block_m // configs.ROWS, out_in_q, configs.skips(config))
+    text = forward_source(spec, config.block_m // configs.ROWS, out_in_q)
     kernel = cache.load_module(cache.write_source("gluon_test", text)).forward
     call = emit.Call("bf16", dim, dim)
     constants: dict[str, Any] = emit._constants(call, config) | emit._unit_strides(spec)
