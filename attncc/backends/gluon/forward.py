@@ -115,11 +115,10 @@ READ = ("scale", "b", "h", "kv_tile", "kv_len", "columns")
 NOTHING = Function("", (), (), "")
 
 AGAIN = """\
-    # The same q: ptxas must not count on what it set before a loop that may be skipped.
-    q = tile_in(q_ring, (step & nought) + turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)
+# The same q: ptxas must not count on what it set before a loop that may be skipped.
+q = tile_in(q_ring, turn * CONSUMERS + CONSUMER + {nought}, CONSUMERS * Q_STAGES)
 """
-"""ptxas 12.8 does, of wgmma's descriptors; `sass.py` finds such kernels. In the loop, so that they
-need no registers across it."""
+"""ptxas 12.8 does, of wgmma's descriptors; `sass.py` finds such kernels."""
 
 RINGS = ("q_ring", "k_ring", "v_ring", "next_ring", "out_sm")
 TILE = ("work", "b", "h", "kv_head", "q_tile", "partial_count", "full_count", "first")
@@ -402,7 +401,7 @@ tma.store_wait(0)"""
         def walk(start: str, count: str, tile: Function, masked: str, again: str = "") -> str:
             return f"""\
 for i in range({start}, {count}):
-{again}\
+{indented(again)}\
     {tile.assigned("kv_tile", {})}
     {attend.assigned(state, {"MASKED": masked})}
 """
@@ -416,7 +415,12 @@ p = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)
 {walk("1", "partial_count", tiles.partial, "True")}"""
         if tiles.full is not None:
             start = "1 - tl.minimum(partial_count, 1)"
-            text += walk(start, "full_count", tiles.full, "False", AGAIN)
+            if self.out_in_q:  # across the loop the descriptors of such a wide q would spill
+                again = AGAIN.format(nought="(step & nought)")
+                text += walk(start, "full_count", tiles.full, "False", again)
+            else:
+                text += AGAIN.format(nought="nought")
+                text += walk(start, "full_count", tiles.full, "False")
         return text
 
     def _store(self) -> str:
@@ -466,11 +470,11 @@ tl.store(lse_ptr + at, lse, mask=rows < q_len)
 {_doc("The part of the warp that brings tiles, ahead of those that consume them.")}\
 work = gl.program_id(0)
 after = ask(counter_ptr, works)
+tile = {_called(tiles.place, {})}
 step = 0
 turn = 0
 more = True
 while more:
-    tile = {_called(tiles.place, {})}
 {indented(_unpacked(tiles.names, "tile"))}
     {_called(tiles.give, {})}
     bring(k_desc, k_ring, step, b, kv_head, first * BLOCK_N, STAGES)
@@ -480,6 +484,7 @@ while more:
 
     more = work < works
     if more:
+        tile = {_called(tiles.place, {"work": "after"})}  # read while the ring is full
         kv_tile = first
         for i in range(1, partial_count + full_count):
             last = kv_tile
@@ -487,8 +492,7 @@ while more:
             bring(k_desc, k_ring, step + 1, b, kv_head, kv_tile * BLOCK_N, STAGES)
             bring(v_desc, v_ring, step, b, kv_head, last * BLOCK_N, STAGES)
             step += 1
-        work = after
-        after = ask(counter_ptr, works)  # while the ring is full
+        after = ask(counter_ptr, works)
         bring(v_desc, v_ring, step, b, kv_head, kv_tile * BLOCK_N, STAGES)
         step += 1
         turn += 1"""

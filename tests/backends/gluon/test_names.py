@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from attncc.backends.gluon.backward import backward_source
 from attncc.backends.gluon.forward import forward_source
 from attncc.backends.triton import aot, emit
 from attncc.ir.plan import Blocks, Plan
@@ -28,13 +29,22 @@ ALONE = {
     "look",
     "ask",
     "sigmoid",
+    "row_tile_of",
+    "show",
+    "start_dq",
+    "add_dq",
+    "tiles_of",
 }
+"""Functions that no parameter is in."""
 
 
 def sources(plan: Plan) -> Iterator[str]:
     spec = emit.spec(plan, "bf16", aot.target("sm_90"))
-    for consumers, out_in_q, wide in product((2, 3), (False, True), (False, True)):
+    flags = (False, True)
+    for consumers, out_in_q, wide in product((2, 3), flags, flags):
         yield forward_source(replace(spec, wide=wide), consumers, out_in_q)
+    for wide in flags:
+        yield backward_source(replace(spec, wide=wide))
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
