@@ -13,6 +13,7 @@ from attncc.ir.program import Program
 from attncc.passes import analyze
 from attncc.tiles import EMPTY, FULL, PARTIAL, BoundPlan
 from attncc.tiles.grid import TileGrid
+from attncc.tiles.host import reads_nothing, visited
 from attncc.tiles.segments import evaluated
 from tests import strategies
 from tests.cases import bindings, dense_mask, dense_tiles
@@ -104,3 +105,17 @@ def test_exact_counts_and_density_are_the_dense_ones(mask, binding: Binding, til
     assert exact.partial == int((dense.some & ~dense.every).sum())
     assert bound.density.exact
     assert float(bound.density) == pytest.approx(keep.double().mean().item())
+
+
+@given(strategies.bools(2), bindings(shortest=1), TILES, st.sampled_from((Axis.Q, Axis.KV)))
+def test_the_host_counts_what_ranges_visit(mask, binding: Binding, tile, axis: Axis) -> None:
+    plan = analyze(program_of(mask))
+    ranges = plan.key_ranges if axis is Axis.Q else plan.query_ranges
+    if ranges is None or not reads_nothing(ranges.visit):
+        return
+    table = evaluated(TileGrid(binding, tile, mask), ranges, axis, {})
+    columns = tile[1] if axis is Axis.Q else tile[0]
+    lo, hi = table.visit_lo, table.visit_hi
+    count = torch.where(hi > lo, -(-hi // columns) - lo // columns, 0).sum(-1)
+    found = visited(ranges.visit, axis, binding, tile)
+    assert torch.equal(found, count.expand(found.shape))

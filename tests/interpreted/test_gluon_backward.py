@@ -23,7 +23,10 @@ from attncc.backends.triton.launch import Gradients, Run
 from attncc.binding import Binding
 from attncc.frontend import parse
 from attncc.inputs import Lengths
+from attncc.ir.expr import Axis
 from attncc.ir.program import Normalize, Program
+from attncc.passes import analyze
+from attncc.tiles.host import visited
 from benchmarks.cases import programs
 from tests import strategies
 from tests.cases import bindings
@@ -104,6 +107,18 @@ def test_random_programs_equal_dense(
     program: Program, binding: Binding, value_dim: int, stages: int
 ) -> None:
     compare(program, binding, value_dim, wide=True, configs=configs(value_dim, stages))
+
+
+def test_heavy_tiles_of_all_heads_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_backward, "HEAVY", 1)
+    (program,) = parse(
+        "attention a():\n    mask = q_idx >= kv_idx and (q_idx - kv_idx < 40 or kv_idx < 200)\n"
+    )
+    binding = bind(program, Lengths(2, 4, 2, 500, 500, 16))
+    ranges = analyze(program).query_ranges
+    work = visited(ranges.visit, Axis.KV, binding, (128, 128))
+    assert launch_backward._heavy_first(work) == 2
+    compare(program, binding, value_dim=16)
 
 
 @pytest.mark.parametrize("laggard", range(3))

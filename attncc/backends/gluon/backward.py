@@ -36,11 +36,10 @@ from attncc.backends.triton.sections import (
     define,
     loop,
     positions,
-    which_tile,
 )
 from attncc.backends.triton.text import indented
-from attncc.ir.expr import Axis, axes
-from attncc.ir.plan import Blocks
+from attncc.ir.expr import KV_LAST, KV_LO, Axis, Expr, Load, axes, children
+from attncc.ir.plan import Blocks, Order
 
 NAMES = "backward", "round_dq"
 """The kernels of a file; one with a softmax begins with `delta`, and others with `clear`."""
@@ -191,17 +190,19 @@ class _Backward:
         self.gradients = [f"{name}_ptr" for _, name, _, _ in self.mods.gradients]
         self.gradients += [a for a in pair_args(self.mods) if a not in self.gradients]
         known = (*self.mods.extra, *self.gradients, *LAST, *self.loop.extra)
-        known += ("dq_sum_ptr", "nought")
+        known += ("dq_sum_ptr", "nought", "heavy")
         reads = self._read("query", self.rows, "q_idx"), self._read("key", self.keys, "kv_idx")
         self.read_rows, self.read_keys = reads
         known += tuple(name for read in reads if read for name in read.extra)
         self.known = tuple(name for name in dict.fromkeys(known) if name not in own)
         """What any function may be given beyond its own variables."""
         self.shared = self._is_shared()
-        """Whether the heads of a group visit the same blocks, one head after another at each.
+        """Whether a group's heads take turns at each block, instead of one going after the other.
 
-        Programs of neighboring keys then stay together: those with fewer blocks do not run ahead
-        to later heads, and what they all read and add to stays in the L2.
+        Programs of neighboring keys that begin at the same block, the last of all, then stay
+        together: those with fewer blocks do not run ahead to later heads, and what they all read
+        and add to stays in the L2. Where they begin apart, as with a window, they are together
+        when they have the same number of blocks of each head.
         """
 
     def _is_shared(self) -> bool:
@@ -212,6 +213,8 @@ class _Backward:
         elif plan.query_ranges is not None:
             segments = (*plan.query_ranges.visit, *plan.query_ranges.unmasked)
             exprs += [end for s in segments for end in (s.lo, s.hi)]
+            if any(_moves(s.hi) for s in plan.query_ranges.visit):
+                return False
         varies = any(axes(expr) & Axis.H for expr in exprs)
         return not (varies or list(self.mods.sums("kv")))
 
@@ -552,14 +555,26 @@ class _Tiles:
     def __init__(self, printed: _Backward) -> None:
         found = printed.loop
         numbers = _numbers(found)
-        text = which_tile(printed.spec.lowering.plan.key_order, "kv").strip()
-        text = text.replace("batch * heads", "batch * (heads // GROUP)")
-        text = text.replace("b = bh // heads", "b = bh // (heads // GROUP)")
-        text = text.replace(
-            "h = bh % heads", "kv_head = bh % (heads // GROUP)\nh = kv_head * GROUP"
-        )
-        body = f'"""Which keys are a program\'s: a tile of one key head."""\n{text}\n'
-        body += "return b, kv_head, kv_tile"
+        tile = "rank"
+        if printed.spec.lowering.plan.key_order is Order.REVERSED:
+            tile = "kv_tiles - 1 - rank"
+        body = f'''\
+"""Which keys are a program's: a tile of one key head, one head after another.
+
+The first `heavy` tiles of all heads go before the rest.
+"""
+at = tl.program_id(0)
+bh_count = batch * (heads // GROUP)
+bh = at % bh_count
+rank = at // bh_count
+if rank >= heavy:
+    at -= heavy * bh_count
+    bh = at // (kv_tiles - heavy)
+    rank = heavy + at % (kv_tiles - heavy)
+b = bh // (heads // GROUP)
+kv_head = bh % (heads // GROUP)
+kv_tile = {tile}
+return b, kv_head, kv_tile'''
         own = [a for a in printed.known if a != "kv_head"]
         place = printed.define("place", own, body)
         self.mine = place.assigned("b, kv_head, kv_tile", {})
@@ -598,6 +613,13 @@ else:
     {self.any.assigned("tile", {})}
 return tile'''
             self.any = printed.define("any_block", given, body)
+
+
+def _moves(end: Expr) -> bool:
+    """Whether an end moves with every key, not only where what is read there changes."""
+    if isinstance(end, Load):
+        return False
+    return end in (KV_LO, KV_LAST) or any(map(_moves, children(end)))
 
 
 def _numbers(found: Loop) -> tuple[str, ...]:

@@ -132,7 +132,7 @@ def _compiled_backward(plan: Plan, call: Call, target: aot.Target) -> Iterator[R
     for name in ("lse_rows", "delta_rows"):
         types[f"{name}_desc"] = f"tensordesc<fp32[{config.block_m}],{line!r}>"
         types[f"{name}_ptr"] = "*fp32"
-    types |= {"dq_sum_ptr": "*fp32", "nought": "i32"}
+    types |= {"dq_sum_ptr": "*fp32", "nought": "i32", "heavy": "i32"}
     constants = configs.backward_constexprs(config, dim)
     known = Arguments.of(spec, call, config)
     arguments = Arguments(known.types | types, known.constants | constants)

@@ -20,7 +20,9 @@ from attncc.backends.triton.kernels import Kernel, load
 from attncc.backends.triton.launch import Gradients, Run, strided
 from attncc.backends.triton.prepared import Prepared, again, layout, start, stream_of
 from attncc.backends.triton.sections import Spec
-from attncc.ir.plan import Plan
+from attncc.ir.expr import Axis
+from attncc.ir.plan import Blocks, Order, Plan
+from attncc.tiles.host import reads_nothing, visited
 
 
 def unsupported(plan: Plan, q: Tensor, v: Tensor, deterministic: bool) -> str:
@@ -125,11 +127,26 @@ class _Backward:
         config = Config(1, 1, 4, 1)
         return start(self._kernels[name], grid, self._values(), self.tensors, config)
 
+    def _heavy(self) -> int:
+        """How many key tiles of every head should start before all others."""
+        plan, binding = self.run.bound.plan, self.run.bound.binding
+        ranges = plan.query_ranges
+        if plan.blocks is Blocks.LISTS or ranges is None or not reads_nothing(ranges.visit):
+            return 0
+        if plan.key_order is Order.REVERSED:
+            return 0
+        tile = self.config.block_m, self.config.block_n
+        return _heavy_first(visited(ranges.visit, Axis.KV, binding, tile))
+
     def _first_backward(self) -> Prepared | None:
         run, tensors = self.run, self.tensors
         values = self._values()
         grid = launch.tiled(run, values, "kv", self.config, run.bound.binding.kv_heads)
-        values |= {"nought": 0, **configs.backward_constexprs(self.config, self.dim)}
+        values |= {
+            "nought": 0,
+            "heavy": self._heavy(),
+            **configs.backward_constexprs(self.config, self.dim),
+        }
         for name in ("q", "dout"):
             values[f"{name}_desc"] = described(tensors[name], self.rows, self.dim)
         for name in ("k", "v", "dk", "dv"):
@@ -138,6 +155,16 @@ class _Backward:
             if name in tensors:
                 values[f"{name}_desc"] = _in_line(tensors[name], self.rows)
         return start(self._kernels["backward"], (grid,), values, tensors, Config(1, 1, 4, 1))
+
+
+def _heavy_first(work: Tensor) -> int:
+    """How many tiles at the beginning have far more work than most; [..., tiles]."""
+    most = work.median(-1, keepdim=True).values * HEAVY
+    return int((work > most).all(dim=(0, 1)).int().cumprod(0).sum()) if work.numel() else 0
+
+
+HEAVY = 3
+"""Times the work of the median."""
 
 
 def _loaded(spec: Spec) -> dict[str, Kernel]:

@@ -15,13 +15,13 @@ from attncc.backends.triton.arguments import Values, captured
 from attncc.backends.triton.classify import KEYS, QUERIES, Side, bounded
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.terms import Test, tile_test
-from attncc.binding import Binding, Number
-from attncc.ir.evaluate import Env, evaluate_unchecked
-from attncc.ir.expr import Axis, Expr, axes
+from attncc.binding import Binding
+from attncc.ir.expr import Axis, axes
 from attncc.ir.ops import Kind
-from attncc.ir.plan import Plan, Segment
+from attncc.ir.plan import Plan
 from attncc.plans import CallPlan
 from attncc.tiles import BoundPlan
+from attncc.tiles.host import visited
 
 CHUNK = 128
 """Tiles tested at once, by one warp, and skipped at once where their common test says so."""
@@ -212,40 +212,5 @@ def room(bound: BoundPlan, rows: Side, columns: Side) -> int:
     segment = test.keys if columns is KEYS else test.queries
     if not bounded(segment):
         return bound.q_tiles * bound.kv_tiles
-    binding = bound.binding
-    tile = bound.tile if rows is QUERIES else bound.tile[::-1]
-    lengths = (binding.batch, binding.heads, binding.kv_heads, binding.q_len, binding.kv_len)
-    return _room(segment, rows, tile, lengths, tuple(binding.scalars.items()))
-
-
-@lru_cache(maxsize=256)
-def _room(
-    segment: Segment,
-    rows: Side,
-    tile: tuple[int, int],
-    lengths: tuple[int, ...],
-    scalars: tuple[tuple[str, Number], ...],
-) -> int:
-    """Evaluated on the CPU, once a set of lengths and scalars."""
-    batch, heads, kv_heads, q_len, kv_len = lengths
-    length = q_len if rows is QUERIES else kv_len
-    lo = torch.arange(0, length, tile[0])
-    if lo.numel() == 0:
-        return 0
-    h = torch.arange(heads).view(-1, 1)
-    at, last = rows.ends
-    positions = {
-        "b": torch.arange(batch).view(-1, 1, 1),
-        "h": h,
-        "kv_head": h // max(1, heads // max(1, kv_heads)),
-        at: lo,
-        last: (lo + tile[0]).clamp(max=length) - 1,
-    }
-    env = Env(positions, dict(scalars), dtype=torch.float64)
-
-    def end(expr: Expr) -> Tensor:
-        return evaluate_unchecked(expr, env)
-
-    first, past = end(segment.lo), end(segment.hi)
-    count = torch.where(first < past, -(-past // tile[1]) - first // tile[1], 0)
-    return int(count.sum(-1).max())
+    found = visited((segment,), rows.axis, bound.binding, bound.tile)
+    return int(found.sum(-1).max()) if found.numel() else 0

@@ -181,7 +181,7 @@ _OWN = re.compile(
     r"|add_dq|start_dq|round_dq|clear|backward|consume|produce|blocks_of|tiles_of|read_(key|query)"
     r"|bring|arrived|release|ring_of|put|look|give|take|weigh|begin|ask|asked|found|sigmoid|gl"
     r"|first|last|part|factor|counter|list_start|read_mask|gluon|tma|mbarrier|fence_async_shared"
-    r"|warpgroup_mma(_wait)?|(done|ds)_\d|dq_sum|(lse|delta)_rows|block|sums|within"
+    r"|warpgroup_mma(_wait)?|(done|ds)_\d|bh_count|heavy|dq_sum|(lse|delta)_rows|block|sums|within"
 )
 
 
