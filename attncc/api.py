@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -32,6 +32,7 @@ from attncc.settings import Debug, settings, tell
 from attncc.tiles import BoundPlan
 
 if TYPE_CHECKING:
+    from attncc.backends.registry import Ready
     from attncc.backends.triton.tune import Tuned
 
 TILE = 128, 128
@@ -124,7 +125,7 @@ class Attention:
 
         plan:    made by `plan(...)` for the same lengths and mask arguments; its arguments need not
                  be passed again, and those that the mask does not read may change.
-        backend: "dense", "cpu" or "triton"; by default the device's own. Never falls back.
+        backend: "dense", "cpu", "triton" or "gluon"; by default the device's own. Never falls back.
         deterministic: gradients bitwise repeatable; also asked for by torch's own switch.
 
         Raises ArgumentError, BoundsError, UnsupportedError.
@@ -132,7 +133,9 @@ class Attention:
         call = self._call
         if torch.compiler.is_compiling():  # one graph break: kernels are chosen by values
             call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        return call(q, k, v, params, return_lse, plan, backend, deterministic)
+        self._check_lse(return_lse)
+        out, lse = call(q, k, v, params, plan, backend, deterministic)
+        return (out, lse) if return_lse and lse is not None else out
 
     def _call(
         self,
@@ -140,19 +143,24 @@ class Attention:
         k: Tensor,
         v: Tensor,
         params: Mapping[str, object],
-        return_lse: bool,
         plan: BoundPlan | None,
         backend: str | None,
         deterministic: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        self._check_lse(return_lse)
-        q, k, v = _autocast(q, k, v)
-        bound = self._bound(q, k, v, params, plan)
-        run = registry.choose(backend, q.device)
+    ) -> tuple[Tensor, Tensor | None]:
+        if _autocasts(q):
+            q, k, v = _autocast(q, k, v)
+            with torch.autocast(q.device.type, enabled=False):  # backends choose their own dtypes
+                return self._call(q, k, v, params, plan, backend, deterministic)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        with _without_autocast(q.device.type):
-            out, lse = run(bound, q, k, v, deterministic)
-        return (out, lse) if return_lse and lse is not None else out
+        key = call_key(q, k, v, params, backend, deterministic)
+        calls: Recent[Ready] = self._calls if plan is None else self._calls_of(plan)
+        ready = calls.find(key)
+        if ready is None:
+            bound = self._bound(q, k, v, params, plan)
+            ready = registry.choose(backend, q.device)(bound, q, v, deterministic)
+            if plan is None or not params:  # which make a plan of their own
+                calls.keep(key, ready)
+        return ready(q, k, v)
 
     def reference(
         self,
@@ -167,7 +175,7 @@ class Attention:
         """The same by the dense interpreter, which defines it; in `dtype` throughout, if given."""
         self._check_lse(return_lse)
         binding = bind(self.program, q, k, v, params)
-        with _without_autocast(q.device.type):
+        with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
             out, lse = dense.attention(self.program, binding, q, k, v, dtype)
         return (out, lse) if return_lse and lse is not None else out
 
@@ -241,9 +249,10 @@ class Attention:
         two, for other processes too; plans made before keep the schedules they have. Printed, the
         result is one line a kernel to paste. Raises UnsupportedError where there is no GPU.
         """
-        q, k, v = _autocast(q, k, v)
+        if _autocasts(q):
+            q, k, v = _autocast(q, k, v)
         bound = self._bound(q, k, v, params, None)
-        with _without_autocast(q.device.type):
+        with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
             found = registry.tune(bound, q, k, v, kernels, time_budget)
         for known in ("_plans", "_calls"):  # they hold schedules chosen before
             self.__dict__.pop(known, None)
@@ -269,20 +278,17 @@ class Attention:
         check_bounds(self.static, binding)
         return self._plans(binding, tile)
 
-    def _unplanned(
-        self, q: Tensor, k: Tensor, v: Tensor, params: Mapping[str, object]
-    ) -> BoundPlan:
-        key = call_key((q, k, v), params)
-        bound = self._calls.find(key)
-        if bound is None:
-            bound = self._planned(bind(self.program, q, k, v, params), TILE)
-            self._calls.keep(key, bound)
-        return bound
-
     @cached_property
-    def _calls(self) -> Recent:
+    def _calls(self) -> Recent[Ready]:
         """By all that binding looks at: a repeated call is neither checked nor planned again."""
         return Recent()
+
+    def _calls_of(self, plan: BoundPlan) -> Recent[Ready]:
+        """The same of calls with a plan, which keeps them."""
+        found = plan.kept.get(self)
+        if not isinstance(found, Recent):
+            found = plan.kept[self] = Recent()
+        return found
 
     def _bind_lengths(self, params: Mapping[str, object]) -> Binding:
         params = dict(params)
@@ -307,7 +313,7 @@ class Attention:
         plan: BoundPlan | None,
     ) -> BoundPlan:
         if plan is None:
-            return self._unplanned(q, k, v, params)
+            return self._planned(bind(self.program, q, k, v, params), TILE)
         if plan.plan is not self.static and plan.plan.program != self.program:
             raise ArgumentError(
                 f"plan is of {plan.plan.program.name}, expected one of {self.program.name}"
@@ -366,23 +372,19 @@ def _check_mask(plan: BoundPlan, binding: Binding) -> None:
 # -- autocast
 
 
-def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v in the autocast dtype where autocast is on; float64 stays."""
-    first = inputs[0]
-    if not isinstance(first, Tensor) or not _autocasts(first.device.type):
-        return inputs
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.dtype is not torch.float64 else x for x in inputs
-    )
-
-
-def _autocasts(device: str) -> bool:
+def _autocasts(q: object) -> bool:
+    if not isinstance(q, Tensor):
+        return False
+    if q.is_cuda:
+        return torch.is_autocast_enabled("cuda")
+    device = q.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Backends choose their own dtypes."""
-    if _autocasts(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+def _autocast(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v in the autocast dtype; float64 stays."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype is not torch.float64 else x
+        for x in (q, *others)
+    )

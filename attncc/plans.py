@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from attncc.binding import Binding
 from attncc.ir.expr import Load, Scalar, walk
 from attncc.ir.plan import Plan
 from attncc.tiles import BoundPlan, Counts, Density, SegmentTable
+
+T = TypeVar("T")
 
 KEPT = 8
 """Bound plans kept for a program: the lengths and masks that layers of one model take turns in."""
@@ -63,26 +66,26 @@ class CallPlan(BoundPlan):
         return "\n".join((*report.lines(self.plan), "", *report.tiles(self)))
 
 
-class Recent:
-    """The bound plans that were asked for last, by what makes them serve again."""
+class Recent(Generic[T]):
+    """What was asked for last, by what makes it serve again."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, BoundPlan] = OrderedDict()
+        self._kept: OrderedDict[Hashable, T] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, key: Hashable) -> BoundPlan | None:
-        if key is None or key not in self._kept:
-            return None
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def keep(self, key: Hashable, bound: BoundPlan) -> None:
+    def find(self, key: Hashable) -> T | None:
         """None is the key of what cannot serve again."""
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+        return found
+
+    def keep(self, key: Hashable, found: T) -> None:
         if key is None:
             return
-        self._kept[key] = bound  # which keeps the tensors, so that their ids stay theirs
+        self._kept[key] = found  # which keeps the tensors, so that their ids stay theirs
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
 
@@ -92,7 +95,7 @@ class PlanCache:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.kept = Recent()
+        self.kept: Recent[BoundPlan] = Recent()
 
     def __call__(self, binding: Binding, tile: tuple[int, int]) -> CallPlan:
         """The plan of a call; its tiles are worked out once for equal lengths and mask arguments.
@@ -111,13 +114,22 @@ class PlanCache:
         return CallPlan(self.plan, binding, tile, bound)
 
 
-def call_key(inputs: tuple[object, ...], params: Mapping[str, object]) -> Hashable:
-    """Equal for calls that bind alike; None where an argument cannot tell whether it changed."""
-    parts: list[Hashable] = []
-    for value in inputs:
-        if not isinstance(value, Tensor):
-            return None
-        parts.append((value.shape, value.dtype, value.device))
+def call_key(
+    q: object,
+    k: object,
+    v: object,
+    params: Mapping[str, object],
+    backend: str | None,
+    deterministic: bool,
+) -> Hashable:
+    """Equal for calls that bind and run alike; None where an argument cannot tell if it changed."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return None
+    dtypes_and_devices = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    own = backend, deterministic, q.shape, k.shape, v.shape, *dtypes_and_devices
+    if not params:
+        return own
+    parts: list[Hashable] = [own]
     for name, value in params.items():
         if isinstance(value, Tensor):
             if value.is_inference() or value.grad_fn is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from attncc.errors import ArgumentError, suggest
 
-BACKENDS = ("auto", "cpu", "dense", "triton")
+BACKENDS = ("auto", "cpu", "dense", "gluon", "triton")
 VARIABLES = ("ATTNCC_DEBUG", "ATTNCC_BACKEND", "ATTNCC_CACHE_DIR")
 
 

@@ -148,7 +148,7 @@ def measured(bound: BoundPlan, backward: bool) -> dict[str, float]:
 
 def _bytes(lists: Lists) -> int:
     parts = (lists.index, lists.start, lists.full_count, lists.partial_count, lists.order)
-    return sum(part.numel() * part.element_size() for part in parts)
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def graphed(run: Callable[[], object], replays: int = 50) -> float:

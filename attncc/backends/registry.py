@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attncc.errors import ArgumentError, UnsupportedError, suggest
-from attncc.ir.program import Normalize
 from attncc.numeric import index_bits
 from attncc.settings import settings
 from attncc.tiles import BoundPlan
@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 Result = tuple[Tensor, Tensor | None]
 """out [B, Hq, Q, Dv], and lse [B, Hq, Q] where the program normalizes by softmax."""
 
-Backend = Callable[[BoundPlan, Tensor, Tensor, Tensor, bool], Result]
-"""(bound plan, q, k, v, deterministic) to the result; UnsupportedError where it cannot."""
+Ready = Callable[[Tensor, Tensor, Tensor], Result]
+"""q, k and v to the result."""
+
+Backend = Callable[[BoundPlan, Tensor, Tensor, bool], Ready]
+"""(bound plan, q, v, deterministic) to what runs calls of such inputs, again and again.
+
+UnsupportedError where it cannot, now or when it is called.
+"""
 
 WIDEST_HEAD = 256
 """Of the Triton kernels: a head of a tile of rows must fit shared memory."""
@@ -50,48 +56,60 @@ def choose(name: str | None, device: torch.device) -> Backend:
     return BACKENDS[name]
 
 
-def _dense(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+def _dense(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool) -> Ready:
     from attncc.backends import dense
 
-    return dense.attention(bound.plan.program, bound.binding, q, k, v)
+    return partial(dense.attention, bound.plan.program, bound.binding)
 
 
-def _cpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+def _cpu(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool) -> Ready:
     from attncc.backends import cpu
 
     if q.device.type != "cpu":
         raise UnsupportedError(f"the cpu backend got {q.device} tensors", hint="move them: q.cpu()")
-    return cpu.attention(cpu.retiled(bound), q, k, v)  # sums in one order, always
+    return partial(cpu.attention, cpu.retiled(bound))  # sums in one order, always
 
 
-def _gpu(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+def _gpu(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool) -> Ready:
     """Warp-specialised kernels where there are some, else Triton's."""
-    return _by_kernels(bound, q, k, v, deterministic, specialised=True)
+    return _by_kernels(bound, q, v, deterministic, specialised=True)
 
 
-def _gluon(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
+def _gluon(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool) -> Ready:
     _check_triton(q, v)
     from attncc.backends.gluon import launch, launch_backward
     from attncc.backends.triton import autograd
+    from attncc.backends.triton.launch import differentiable
 
-    reason = launch.unsupported(q, v)
-    if not reason and autograd.wants_gradients(autograd.differentiable(bound), q, k, v):
-        reason = launch_backward.unsupported(bound.plan, q, v, deterministic)
+    _check_gluon(launch.unsupported(q, v))
+    run = _by_kernels(bound, q, v, deterministic, specialised=True)
+    reason = launch_backward.unsupported(bound.plan, q, v, deterministic)
+    if not reason:
+        return run
+
+    def forward_alone(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        if autograd.wants_gradients(differentiable(bound), q, k, v):
+            _check_gluon(reason)
+        return run(q, k, v)
+
+    return forward_alone
+
+
+def _check_gluon(reason: str) -> None:
     if reason:
         raise UnsupportedError(
             f"the gluon backend cannot run this call: {reason}",
             hint="leave the backend to be chosen",
         )
-    return _by_kernels(bound, q, k, v, deterministic, specialised=True)
 
 
-def _triton(bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Result:
-    return _by_kernels(bound, q, k, v, deterministic, specialised=False)
+def _triton(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool) -> Ready:
+    return _by_kernels(bound, q, v, deterministic, specialised=False)
 
 
 def _by_kernels(
-    bound: BoundPlan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, *, specialised: bool
-) -> Result:
+    bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool, *, specialised: bool
+) -> Ready:
     """specialised: take Gluon's kernels where they serve the call."""
     _check_triton(q, v)
     from attncc.backends.triton.autograd import attention
@@ -101,8 +119,7 @@ def _by_kernels(
     run = bound.kept.get(key)
     if not isinstance(run, Run):
         run = bound.kept[key] = _run(bound, q, v, deterministic, specialised)
-    out, lse = attention(run, q, k, v)
-    return out, lse if bound.plan.program.normalize is Normalize.SOFTMAX else None
+    return partial(attention, run)
 
 
 def _run(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool, specialised: bool) -> Run:

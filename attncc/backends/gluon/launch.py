@@ -35,17 +35,16 @@ def _is_hopper(device: torch.device) -> bool:
 def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `triton.launch.forward`."""
     with launch.on(q.device):
-        q, k, v = launch.in_rows(run, q, k, v)
+        stream = stream_of(q)
+        key = "gluon forward", stream, layout(q, k, v)
+        if key not in run.ready:
+            q, k, v = launch.in_rows(run, q, k, v)
+            key = "gluon forward", stream, layout(q, k, v)
         out = launch.like(q, v.shape[-1])
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         lse2 = torch.empty_like(lse)
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lse2": lse2}
-
-        def first() -> Prepared | None:
-            return _first_forward(run, tensors)
-
-        stream = stream_of(q)
-        again(run.ready, ("gluon forward", stream, *layout(q, k, v)), tensors, stream, first)
+        again(run.ready, key, tensors, stream, lambda: _first_forward(run, tensors))
     return out, lse, lse2
 
 

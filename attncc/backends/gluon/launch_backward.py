@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -45,16 +45,35 @@ def backward(
 ) -> Gradients:
     """As `triton.launch.backward`."""
     with launch.on(q.device):
-        q, k, v, dout = launch.in_rows(run, q, k, v, dout)
-        return _Backward(run, q, k, v, out, lse2, dout, dlse).gradients()
+        has_dlse = dlse is not None
+        key = "gluon backward", has_dlse, layout(q, k, v, dout)
+        if key not in run.ready:
+            q, k, v, dout = launch.in_rows(run, q, k, v, dout)
+            key = "gluon backward", has_dlse, layout(q, k, v, dout)
+        kernels: _Backward = run.prepared(key, lambda: _Backward(run, q, v, has_dlse))
+        return kernels.gradients(q, k, v, out, lse2, dout, dlse)
 
 
 class _Backward:
-    """The kernels of one backward, one after another."""
+    """The kernels of one layout's backward, one after another."""
 
-    def __init__(
+    def __init__(self, run: Run, q: Tensor, v: Tensor, has_dlse: bool) -> None:
+        self.run, self.has_dlse = run, has_dlse
+        self.lowering = run.lowering
+        self.dim = configs.backward_columns(q.shape[-1], v.shape[-1])
+        self.config = configs.backward(self.dim)
+        if run.configs and "gluon_backward" in run.configs:
+            self.config = run.configs["gluon_backward"]
+        self.rows = self.config.block_m
+        batch, heads, self.q_len = q.shape[:3]
+        self.q_tiles = math.ceil(self.q_len / self.rows)
+        # One block more: where programs add what they have before their first block.
+        self.sums = batch * heads * self.q_tiles + 1, configs.BACKWARD_PAIRS
+        self.padded = batch, heads, self.q_tiles * self.rows
+        self.ready: dict[Hashable, Prepared | None] = {}
+
+    def gradients(
         self,
-        run: Run,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -62,44 +81,30 @@ class _Backward:
         lse2: Tensor,
         dout: Tensor,
         dlse: Tensor | None,
-    ) -> None:
-        self.run, self.has_dlse = run, dlse is not None
-        self.lowering = run.lowering
-        self.dim = configs.backward_columns(q.shape[-1], v.shape[-1])
-        self.config = configs.backward(self.dim)
-        if run.configs and "gluon_backward" in run.configs:
-            self.config = run.configs["gluon_backward"]
-        self.rows = self.config.block_m
-        self.q_tiles = math.ceil(q.shape[2] / self.rows)
-        batch, heads, q_len = q.shape[:3]
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        self.buffers = gradients.buffers(run, self.lowering, lse2)
-        self.tensors = {"q": q, "k": k, "v": v, "out": out, "lse2": lse2, "dout": dout}
-        self.tensors |= {"dq": dq, "dk": dk, "dv": dv, **self.buffers}
-        self.tensors["dlse"] = lse2 if dlse is None else dlse.float().contiguous()
-        # One block more: where programs add what they have before their first block.
-        blocks = batch * heads * self.q_tiles + 1
-        self.tensors["dq_sum"] = lse2.new_empty(blocks, configs.BACKWARD_PAIRS)
-        if self.lowering.softmax:
-            padded = lse2.new_empty(2, batch, heads, self.q_tiles * self.rows)
-            self.tensors["lse_rows"], self.tensors["delta_rows"] = padded
-            self.delta = padded[1, ..., :q_len]
-        self.layout = self.has_dlse, *layout(q, k, v, out, dout, dq, dk, dv)
-
-    def gradients(self) -> Gradients:
-        tensors = self.tensors
-        stream = stream_of(tensors["q"])
-        begin = "delta" if self.lowering.softmax else "clear"
-        self._again(begin, stream, lambda: self._first_of_blocks(begin))
-        self._again("backward", stream, self._first_backward)
-        self._again("round_dq", stream, lambda: self._first_of_blocks("round_dq"))
-        captured = gradients.collected(self.run, self.lowering, self.buffers)
-        if self.lowering.sink is not None:
-            gradients.add_sink(self.run, captured, tensors["lse2"], self.delta)
-        return Gradients(tensors["dq"], tensors["dk"], tensors["dv"], captured)
-
-    def _again(self, what: str, stream: int | None, first: Callable[[], Prepared | None]) -> None:
-        again(self.run.ready, (f"gluon {what}", *self.layout), self.tensors, stream, first)
+    ) -> Gradients:
+        lowering = self.lowering
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse2": lse2, "dout": dout}
+        tensors |= {"dq": dq, "dk": dk, "dv": dv, "dq_sum": lse2.new_empty(self.sums)}
+        tensors["dlse"] = lse2 if dlse is None else launch.in_line(dlse)
+        begin = "clear"
+        if lowering.softmax:
+            begin, rows = "delta", lse2.new_empty(self.padded)
+            tensors |= {"lse_rows": rows, "delta_rows": torch.empty_like(rows)}
+        buffers = gradients.buffers(self.run, lowering, lse2) if lowering.gradients else {}
+        tensors |= buffers
+        stream = stream_of(q)
+        for name, first in (
+            (begin, lambda: self._first_of_blocks(begin, tensors)),
+            ("backward", lambda: self._first_backward(tensors)),
+            ("round_dq", lambda: self._first_of_blocks("round_dq", tensors)),
+        ):
+            again(self.ready, name, tensors, stream, first)
+        captured = gradients.collected(self.run, lowering, buffers) if buffers else {}
+        if lowering.sink is not None:
+            delta = tensors["delta_rows"][..., : self.q_len]
+            gradients.add_sink(self.run, captured, lse2, delta)
+        return Gradients(dq, dk, dv, captured)
 
     @property
     def _kernels(self) -> dict[str, Kernel]:
@@ -108,24 +113,24 @@ class _Backward:
         found: dict[str, Kernel] = run._known(("gluon backward", id(spec)), lambda: _loaded(spec))
         return found
 
-    def _values(self) -> Values:
+    def _values(self, tensors: dict[str, Tensor]) -> Values:
         """What every kernel may name."""
-        tensors = self.tensors
         values = launch.common(self.run, tensors["q"], tensors["v"])
         for name in ("out", "dout", "dq"):
             strided(values, name, tensors[name])
-        values |= gradients.arguments(self.run, self.lowering, self.buffers)
+        buffers = {name: x for name, x in tensors.items() if name.startswith("grad_")}
+        values |= gradients.arguments(self.run, self.lowering, buffers)
         names = ("lse2", "dlse", "dq_sum", "lse_rows", "delta_rows")
         values |= {f"{name}_ptr": tensors[name] for name in names if name in tensors}
         values |= {"HAS_DLSE": self.has_dlse, "BLOCK_D": self.dim, "BLOCK_M": self.rows}
         return values | {"q_tiles": self.q_tiles}
 
-    def _first_of_blocks(self, name: str) -> Prepared | None:
+    def _first_of_blocks(self, name: str, tensors: dict[str, Tensor]) -> Prepared | None:
         """Starts a kernel that has a program for each block of queries."""
-        batch, heads = self.tensors["q"].shape[:2]
+        batch, heads = tensors["q"].shape[:2]
         grid = self.q_tiles, batch * heads
         config = Config(1, 1, 4, 1)
-        return start(self._kernels[name], grid, self._values(), self.tensors, config)
+        return start(self._kernels[name], grid, self._values(tensors), tensors, config)
 
     def _heavy(self) -> int:
         """How many key tiles of every head should start before all others."""
@@ -138,9 +143,9 @@ class _Backward:
         tile = self.config.block_m, self.config.block_n
         return _heavy_first(visited(ranges.visit, Axis.KV, binding, tile))
 
-    def _first_backward(self) -> Prepared | None:
-        run, tensors = self.run, self.tensors
-        values = self._values()
+    def _first_backward(self, tensors: dict[str, Tensor]) -> Prepared | None:
+        run = self.run
+        values = self._values(tensors)
         grid = launch.tiled(run, values, "kv", self.config, run.bound.binding.kv_heads)
         values |= {
             "nought": 0,

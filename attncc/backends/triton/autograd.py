@@ -12,27 +12,27 @@ from torch.autograd.function import once_differentiable
 
 from attncc.backends.triton import launch
 from attncc.backends.triton.launch import Run
-from attncc.tiles import BoundPlan
 
 
-def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Q, Dv] and lse [B, Hq, Q] float32; differentiable, captured tensors included."""
-    captured = differentiable(run.bound)
+def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """out [B, Hq, Q, Dv], and for a softmax lse [B, Hq, Q] float32.
+
+    Differentiable, captured tensors included.
+    """
+    captured = run.differentiable
     if not wants_gradients(captured, q, k, v) and not _transformed():
-        return _forward(run, q, k, v)[:2]
-    apply: Any = _Attention.apply
-    result: tuple[Tensor, Tensor] = apply(run, tuple(captured), q, k, v, *captured.values())
-    return result
-
-
-def differentiable(bound: BoundPlan) -> dict[str, Tensor]:
-    """The captured tensors that the program gives gradients to, by name."""
-    return {t.name: bound.binding.tensors[t.name] for t in bound.plan.program.tensors if t.grad}
+        out, lse, _ = _forward(run, q, k, v)
+    else:
+        apply: Any = _Attention.apply
+        out, lse = apply(run, tuple(captured), q, k, v, *captured.values())
+    return out, lse if run.lowering.softmax else None
 
 
 def wants_gradients(captured: Mapping[str, Tensor], *inputs: Tensor) -> bool:
     """Whether autograd will ask for gradients of any of them."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *captured.values()))
+    if not torch.is_grad_enabled():
+        return False
+    return any(x.requires_grad for x in (*inputs, *captured.values()))
 
 
 def _forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

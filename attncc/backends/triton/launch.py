@@ -18,7 +18,15 @@ from attncc.backends.triton.configs import Config, Shape, Traits, padded, padded
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lists import key_lists, query_lists
 from attncc.backends.triton.lower import Lowering, lower
-from attncc.backends.triton.prepared import ALIGNMENT, Prepared, again, layout, start, stream_of
+from attncc.backends.triton.prepared import (
+    ALIGNMENT,
+    LAYOUTS,
+    Prepared,
+    again,
+    layout,
+    start,
+    stream_of,
+)
 from attncc.backends.triton.schedules import choose
 from attncc.backends.triton.sections import Spec
 from attncc.binding import Binding
@@ -72,7 +80,7 @@ class Run:
     """Of kernels whose programs take tile after tile; None: one for each multiprocessor."""
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Kernels and schedules already looked up."""
-    ready: dict[Hashable, Prepared | None] = field(default_factory=dict, compare=False, repr=False)
+    ready: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Kernels ready to start again, by their name and the layout of the tensors."""
 
     def spec(self, *inputs: Tensor) -> Spec:
@@ -88,10 +96,13 @@ class Run:
         )
         return spec
 
-    @property
+    @cached_property
     def lowering(self) -> Lowering:
-        found: Lowering = self._known("lowering", lambda: lower(self.bound.plan))
-        return found
+        return lower(self.bound.plan)
+
+    @cached_property
+    def differentiable(self) -> dict[str, Tensor]:
+        return differentiable(self.bound)
 
     def kernels(self, spec: Spec, load: Callable[[Spec], dict[str, Kernel]]) -> dict[str, Kernel]:
         """The kernels of a file; hashing a spec costs more than a launch, so by its identity."""
@@ -109,10 +120,23 @@ class Run:
         plan, binding = self.bound.plan, self.bound.binding
         return choose(kernel, plan, binding, q, v, shape_of(q, v), traits(plan))
 
+    def prepared(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is ready for a layout; only so many are kept."""
+        if key not in self.ready:
+            if len(self.ready) >= LAYOUTS:
+                self.ready.clear()
+            self.ready[key] = make()
+        return self.ready[key]
+
     def _known(self, key: Hashable, find: Callable[[], Any]) -> Any:
         if key not in self.memo:
             self.memo[key] = find()
         return self.memo[key]
+
+
+def differentiable(bound: BoundPlan) -> dict[str, Tensor]:
+    """The captured tensors that the program gives gradients to, by name."""
+    return {t.name: bound.binding.tensors[t.name] for t in bound.plan.program.tensors if t.grad}
 
 
 def scale_of(plan: Plan, binding: Binding) -> float:
@@ -198,7 +222,7 @@ def rows(x: Tensor) -> Tensor:
 
 def in_rows(run: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors by `rows`; looking at them takes longer than knowing their layout again."""
-    key = "in rows", *layout(*tensors)
+    key = "in rows", layout(*tensors)
     if key in run.ready:
         return tensors
     found = tuple(map(rows, tensors))
@@ -223,6 +247,12 @@ def like(x: Tensor, columns: int) -> Tensor:
     out = x.new_empty([x.shape[axis] for axis in order] + [columns])
     back = [order.index(axis) for axis in range(3)]
     return out.permute(*back, 3)
+
+
+def in_line(x: Tensor) -> Tensor:
+    """The numbers as float32, contiguous and aligned as what torch allocates."""
+    x = x.float().contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def strided(values: Values, name: str, x: Tensor) -> None:
@@ -334,14 +364,14 @@ def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     with on(q.device):
         q, k, v = in_rows(run, q, k, v)
         out = like(q, v.shape[-1])
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         lse2 = torch.empty_like(lse)
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lse2": lse2}
 
         def first() -> Prepared | None:
             return _first_forward(run, tensors)
 
-        again(run.ready, ("forward", *layout(q, k, v)), tensors, stream_of(q), first)
+        again(run.ready, ("forward", layout(q, k, v)), tensors, stream_of(q), first)
     return out, lse, lse2
 
 
@@ -420,8 +450,8 @@ class _Backward:
         self.tensors = {"q": q, "k": k, "v": v, "out": out, "lse2": lse2, "dout": dout}
         self.tensors |= {"dq": self.dq, "dk": self.dk, "dv": self.dv, **self.buffers}
         self.tensors["delta"] = torch.empty_like(lse2)
-        self.tensors["dlse"] = lse2 if dlse is None else dlse.float().contiguous()
-        self.layout = self.has_dlse, *layout(q, k, v, out, dout, self.dq, self.dk, self.dv)
+        self.tensors["dlse"] = lse2 if dlse is None else in_line(dlse)
+        self.layout = self.has_dlse, *layout(q, k, v, out, dout)
 
     def gradients(self) -> Gradients:
         run, device = self.run, self.q.device
@@ -530,5 +560,8 @@ def _side_stream(device: torch.device) -> Any:
 def on(device: torch.device) -> Any:
     """Kernels start on the current GPU, whichever holds their tensors."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()

@@ -6,16 +6,17 @@ arguments that takes longer than a short kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton import knobs
-from triton.runtime import driver
 
 from attncc.backends.triton.arguments import Values
 from attncc.backends.triton.configs import Config
+from attncc.backends.triton.direct import Direct, direct
 from attncc.backends.triton.kernels import Kernel
 
 ALIGNMENT = 16
@@ -32,19 +33,25 @@ class Prepared:
     compiled: Any
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
-    pointers: tuple[tuple[int, str], ...]
-    """Positions of addresses, and the names of their tensors."""
-    descriptors: tuple[tuple[int, str], ...]
+    pointers: tuple[tuple[int, int], ...]
+    """Positions of addresses, and which of the tensors they are of."""
+    descriptors: tuple[tuple[int, int], ...]
     """Positions of tensor descriptors, whose base alone is new."""
     kept: tuple[Tensor, ...]
     """The other tensors, which are arguments by address."""
+    direct: Direct | None
+    """Starts it without Triton's launcher, where its parameters are known."""
 
-    def start(self, tensors: Mapping[str, Tensor], stream: int) -> None:
+    def start(self, stream: int, tensors: Sequence[Tensor]) -> None:
+        """tensors: in the order in which it was prepared with them."""
+        if self.direct is not None:
+            self.direct.start(stream, tensors)
+            return
         filled = list(self.arguments)
-        for at, name in self.pointers:
-            filled[at] = tensors[name].data_ptr()
-        for at, name in self.descriptors:
-            filled[at] = _moved(filled[at], tensors[name])
+        for at, which in self.pointers:
+            filled[at] = tensors[which].data_ptr()
+        for at, which in self.descriptors:
+            filled[at] = _moved(filled[at], tensors[which])
         kernel = self.compiled
         kernel.run(
             *self.grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *filled
@@ -72,11 +79,16 @@ def start(
         return None
     places = {name: at for at, name in enumerate(given)}
 
-    def found(suffix: str) -> tuple[tuple[int, str], ...]:
-        names = ((f"{name}{suffix}", name) for name in tensors)
-        return tuple((places[full], name) for full, name in names if full in places)
+    def found(suffix: str) -> tuple[tuple[int, int], ...]:
+        names = ((f"{name}{suffix}", which) for which, name in enumerate(tensors))
+        return tuple((places[full], which) for full, which in names if full in places)
 
     pointers, descriptors = found("_ptr"), found("_desc")
+    x, y, z = (*grid, 1, 1)[:3]
+    names = tuple(given)
+    open_at = {names[at]: which for at, which in (*pointers, *descriptors)}
+    device = next((t.device.index for t in tensors.values()), None)
+    made = direct(compiled, (x, y, z), given, open_at, device)
     arguments = list(given.values())
     for at, _ in pointers:
         arguments[at] = None
@@ -84,15 +96,14 @@ def start(
         arguments[at] = _moved(arguments[at], None)
     kept = tuple(x for x in arguments if isinstance(x, Tensor))
     arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    x, y, z = (*grid, 1, 1)[:3]
-    return Prepared(compiled, (x, y, z), tuple(arguments), pointers, descriptors, kept)
+    return Prepared(compiled, (x, y, z), tuple(arguments), pointers, descriptors, kept, made)
 
 
 def _watched() -> bool:
     """Whether a profiler wants to hear of launches, which Triton's own way tells it."""
     runtime: Any = knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _moved(descriptor: Any, base: Tensor | None) -> Any:
@@ -104,21 +115,29 @@ def _moved(descriptor: Any, base: Tensor | None) -> Any:
 
 
 def layout(*tensors: Tensor) -> tuple[Hashable, ...]:
-    """Equal where kernels compiled for some tensors serve others of the same shapes."""
-    return tuple((x.dtype, x.shape[-1], x.stride(), x.data_ptr() % ALIGNMENT) for x in tensors)
+    """Equal where kernels compiled for some tensors serve others of the same shapes and dtypes."""
+    parts: list[Hashable] = []
+    for x in tensors:
+        parts.append(x.stride())
+        if beyond := x.data_ptr() % ALIGNMENT:
+            parts.append(beyond)
+    return tuple(parts)
 
 
 def again(
-    ready: dict[Hashable, Prepared | None],
+    ready: dict[Hashable, Any],
     key: Hashable,
     tensors: Mapping[str, Tensor],
     stream: int | None,
     first: Callable[[], Prepared | None],
 ) -> None:
-    """Starts what `key` stands for, on a stream of the GPU; `first` does so when none is ready."""
+    """Starts what `key` stands for, on a stream of the GPU; `first` does so when none is ready.
+
+    tensors: the same names in the same order for one key.
+    """
     known = ready.get(key)
     if known is not None and stream is not None and not _watched():
-        known.start(tensors, stream)
+        known.start(stream, tuple(tensors.values()))
         return
     if len(ready) >= LAYOUTS:
         ready.clear()
@@ -127,4 +146,7 @@ def again(
 
 def stream_of(x: Tensor) -> int | None:
     """The current stream of the tensor's GPU, as the driver knows it."""
-    return driver.active.get_current_stream(x.device.index) if x.is_cuda else None
+    if not x.is_cuda:
+        return None
+    current: Any = torch._C
+    return int(current._cuda_getCurrentRawStream(x.get_device()))
