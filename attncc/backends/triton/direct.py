@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -34,9 +34,7 @@ _DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[([^]]*)\]")
 class Direct:
     """One compiled kernel with its parameters; tensors that come and go are left open."""
 
-    def __init__(
-        self, compiled: Any, grid: tuple[int, int, int], count: int, device: int | None
-    ) -> None:
+    def __init__(self, compiled: Any, grid: tuple[int, int, int], count: int, device: int) -> None:
         metadata = compiled.metadata
         self.device = device
         self._slots = (ctypes.c_uint64 * count)()
@@ -57,17 +55,20 @@ class Direct:
         if queue is None:
             queue = self._streams[stream] = ctypes.c_void_p(stream)
         with self._lock:
-            slots, params = self._slots, self._params
+            slots = self._slots
             for at, which in self._pointers:
                 slots[at] = tensors[which].data_ptr()
-            for at, which, maps in self._maps:
-                params[at] = maps.at(tensors[which].data_ptr())
-            failed = _launch()(*self._before, queue, params, None)
-            if failed in NO_CONTEXT and self.device is not None:  # a thread's first use of the GPU
+            try:
+                self._launch(queue, tensors)
+            except _NoContext:  # a thread's first use of the GPU
                 _bind(self.device)
-                failed = _launch()(*self._before, queue, params, None)
-        if failed:
-            raise RuntimeError(f"cuLaunchKernel: {_error(failed)}")
+                self._launch(queue, tensors)
+
+    def _launch(self, queue: ctypes.c_void_p, tensors: Sequence[Tensor]) -> None:
+        for at, which, maps in self._maps:
+            self._params[at] = maps.at(tensors[which].data_ptr())
+        if failed := _launcher()(*self._before, queue, self._params, None):
+            _raise("cuLaunchKernel", failed)
 
     def _fill(
         self, values: Sequence[tuple[str, Any]], moving: Mapping[int, int], maps: Mapping[int, Any]
@@ -86,7 +87,7 @@ def direct(
     grid: tuple[int, int, int],
     given: Mapping[str, Any],
     open_at: Mapping[str, int],
-    device: int | None,
+    device: int,
 ) -> Direct | None:
     """What starts a kernel; None where its parameters are not laid out as they are known to be.
 
@@ -215,7 +216,7 @@ class _Maps:
             ctypes.c_int(self._nan),
         )
         if failed := driver().cuTensorMapEncodeTiled(*arguments):
-            raise RuntimeError(f"cuTensorMapEncodeTiled: {_error(failed)}")
+            _raise("cuTensorMapEncodeTiled", failed)
         return begin, memory
 
 
@@ -223,8 +224,8 @@ L2_PROMOTION_128B = 2
 
 # -- the driver
 
-NO_CONTEXT = 3, 201
-"""CUDA_ERROR_NOT_INITIALIZED and CUDA_ERROR_INVALID_CONTEXT."""
+NO_CONTEXT = 201
+"""CUDA_ERROR_INVALID_CONTEXT."""
 
 
 @cache
@@ -233,22 +234,26 @@ def driver() -> Any:
 
 
 @cache
-def _launch() -> Any:
+def _launcher() -> Any:
     return driver().cuLaunchKernel
+
+
+class _NoContext(Exception):
+    """The calling thread has not used the GPU."""
 
 
 def _bind(device: int) -> None:
     """Makes a device's context, which torch works in, the calling thread's."""
     context = ctypes.c_void_p()
-    library = driver()
-    library.cuInit(0)
-    if failed := library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
-        raise RuntimeError(f"cuDevicePrimaryCtxRetain: {_error(failed)}")
-    if failed := library.cuCtxSetCurrent(context):
-        raise RuntimeError(f"cuCtxSetCurrent: {_error(failed)}")
+    if failed := driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        _raise("cuDevicePrimaryCtxRetain", failed)
+    if failed := driver().cuCtxSetCurrent(context):
+        _raise("cuCtxSetCurrent", failed)
 
 
-def _error(code: int) -> str:
+def _raise(call: str, code: int) -> NoReturn:
+    if code == NO_CONTEXT:
+        raise _NoContext
     text = ctypes.c_char_p()
     driver().cuGetErrorString(code, ctypes.byref(text))
-    return f"error {code}, {(text.value or b'unknown').decode()}"
+    raise RuntimeError(f"{call}: error {code}, {(text.value or b'unknown').decode()}")

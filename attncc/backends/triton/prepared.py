@@ -87,8 +87,8 @@ def start(
     x, y, z = (*grid, 1, 1)[:3]
     names = tuple(given)
     open_at = {names[at]: which for at, which in (*pointers, *descriptors)}
-    device = next((t.device.index for t in tensors.values()), None)
-    made = direct(compiled, (x, y, z), given, open_at, device)
+    device = max((t.get_device() for t in tensors.values()), default=-1)
+    made = direct(compiled, (x, y, z), given, open_at, device) if device >= 0 else None
     arguments = list(given.values())
     for at, _ in pointers:
         arguments[at] = None

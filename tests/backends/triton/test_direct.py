@@ -54,6 +54,7 @@ class Driver:
     started: list[dict[str, Any]] = field(default_factory=list)
     encoded: list[list[Any]] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
+    no_map: bool = False
     bound: int = 0
 
     def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
@@ -78,14 +79,14 @@ class Driver:
         self, at: Any, element: Any, rank: Any, base: Any, *rest: Any
     ) -> int:
         assert at.value % direct.MAP_ALIGNMENT == 0
+        if self.no_map:
+            self.no_map = False
+            return 201
         ctypes.memset(at.value, len(self.encoded) + 1, direct.MAP_BYTES)
         shape, strides, box, steps, *flags = rest
         lists = [list(shape), list(strides), list(box), list(steps)]
         numbers = [element.value, rank.value, base.value, *(flag.value for flag in flags)]
         self.encoded.append([*numbers, *lists])
-        return 0
-
-    def cuInit(self, flags: int) -> int:
         return 0
 
     def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> int:
@@ -104,7 +105,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver(list(direct._sizes(PTX)))
     monkeypatch.setattr(direct, "driver", lambda: made)
-    monkeypatch.setattr(direct, "_launch", lambda: made.cuLaunchKernel)
+    monkeypatch.setattr(direct, "_launcher", lambda: made.cuLaunchKernel)
     return made
 
 
@@ -206,6 +207,9 @@ def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
     driver.codes = [201]
     kernel.start(0, (torch.zeros(2), torch.zeros(4)))
     assert (len(driver.started), driver.bound) == (2, 1)
+    driver.no_map = True
+    kernel.start(0, (torch.zeros(3), torch.zeros(4)))
+    assert (len(driver.started), driver.bound) == (3, 2)
 
 
 def test_what_the_driver_refuses_is_an_error(driver: Driver) -> None:
