@@ -16,6 +16,7 @@ from attncc import frontend
 from attncc.backends import dense, registry
 from attncc.binding import Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
+from attncc.capture import capturing
 from attncc.errors import ArgumentError, UnsupportedError
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
@@ -124,7 +125,9 @@ class Attention:
         autocast they are converted as for scaled_dot_product_attention.
 
         plan:    made by `plan(...)` for the same lengths and mask arguments; its arguments need not
-                 be passed again, and those that the mask does not read may change.
+                 be passed again, and those that the mask does not read may change. In a CUDA graph
+                 that is captured, calls plan anew, for replays read what tensors then hold; a plan
+                 that was made in the capture is shared.
         backend: "dense", "cpu", "triton" or "gluon"; by default the device's own. Never falls back.
         deterministic: gradients bitwise repeatable; also asked for by torch's own switch.
 
@@ -152,7 +155,8 @@ class Attention:
             with torch.autocast(q.device.type, enabled=False):  # backends choose their own dtypes
                 return self._call(q, k, v, params, plan, backend, deterministic)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        key = call_key(q, k, v, params, backend, deterministic)
+        captured = isinstance(q, Tensor) and capturing(q.device)
+        key = None if captured else call_key(q, k, v, params, backend, deterministic)
         calls: Recent[Ready] = self._calls if plan is None else self._calls_of(plan)
         ready = calls.find(key)
         if ready is None:
@@ -318,7 +322,15 @@ class Attention:
             raise ArgumentError(
                 f"plan is of {plan.plan.program.name}, expected one of {self.program.name}"
             )
-        if not params:
+        captured = capturing(plan.binding.device)
+        made_in_graph = isinstance(plan, CallPlan) and plan.captured
+        if made_in_graph and not captured:
+            raise ArgumentError(
+                "plan was made while a CUDA graph was captured, and has values in replays alone",
+                hint="make another one outside of the capture",
+            )
+        again = captured and not made_in_graph  # what its tensors hold may be new in a replay
+        if not params and not again:
             check_inputs(q, k, v)
             _check_same(plan, q, k)
             return plan
@@ -326,8 +338,10 @@ class Attention:
         binding = bind(self.program, q, k, v, {**kept, **params})
         _check_same(plan, q, k)
         _check_mask(plan, binding)
+        if again:
+            return self._planned(binding, plan.tile)
         check_bounds(self.static, binding)
-        return CallPlan(plan.plan, binding, plan.tile, plan)
+        return CallPlan(plan.plan, binding, plan.tile, plan, captured=captured)
 
     def _check_lse(self, return_lse: bool) -> None:
         if return_lse and self.program.normalize is not Normalize.SOFTMAX:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attncc.binding import Binding
+from attncc.capture import capturing, promise
 from attncc.errors import BoundsError
 from attncc.ir import ops
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
@@ -145,6 +146,9 @@ _passed: OrderedDict[Hashable, tuple[weakref.ref[Tensor], ...]] = OrderedDict()
 
 
 def _check(check: Check, binding: Binding) -> None:
+    if capturing(binding.device):
+        _run(check, binding)
+        return
     key = _key(check, binding)
     read = _read(check, binding)
     known = _passed.get(key)
@@ -218,15 +222,27 @@ def _clear_alone(violations: tuple[Expr, ...], binding: Binding) -> bool:
 
 
 def _any(condition: Expr, binding: Binding) -> bool:
-    env = strip_env(binding, axes(condition), 0, binding.q_len)
-    return bool(evaluate_unchecked(condition, env).any())
+    return _found(condition, strip_env(binding, axes(condition), 0, binding.q_len))
+
+
+def _found(condition: Expr, env: Env) -> bool:
+    """Whether a condition that must not hold does somewhere; in a CUDA graph, never if it is to go.
+
+    Even at positions that the mask does not reach, where one token axis decides: a graph cannot
+    look at pairs only if there is need.
+    """
+    found = evaluate_unchecked(condition, env).any()
+    if capturing(found.device):
+        promise(~found, "a captured tensor is read out of range, or divided by zero, in a replay")
+        return False
+    return bool(found)
 
 
 def _clear_at_pairs(check: Check, violation: Expr, binding: Binding) -> None:
     condition = _and(check.reach, violation)
     for start, stop in _strips(axes(condition), binding):
         env = strip_env(binding, axes(condition), start, stop)
-        if bool(evaluate_unchecked(condition, env).any()):
+        if _found(condition, env):
             _fail(check, env)
 
 

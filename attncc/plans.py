@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attncc import report
 from attncc.binding import Binding
+from attncc.capture import capturing
 from attncc.ir.expr import Load, Scalar, walk
 from attncc.ir.plan import Plan
 from attncc.tiles import BoundPlan, Counts, Density, SegmentTable
@@ -28,6 +29,8 @@ class CallPlan(BoundPlan):
     """The plan of one call: its own arguments, and tiles shared with calls of the same mask."""
 
     origin: BoundPlan
+    captured: bool = field(default=False, kw_only=True)
+    """Made while a CUDA graph was captured: its tensors have values in replays alone."""
 
     def retiled(self, tile: tuple[int, int]) -> BoundPlan:
         if tile == self.tile:
@@ -104,14 +107,15 @@ class PlanCache:
         (inference mode) and those made by autograd (whose graph would be kept) are never kept.
         """
         mask = mask_key(self.plan, binding)
-        key = None if mask is None else (mask, tile)
+        captured = capturing(binding.device)
+        key = None if mask is None or captured else (mask, tile)
         bound = self.kept.find(key)
         if bound is None:
             names = mask_arguments(self.plan)[1]
             tensors = {name: binding.tensors[name] for name in names}
             bound = BoundPlan(self.plan, replace(binding, tensors=tensors), tile)
             self.kept.keep(key, bound)
-        return CallPlan(self.plan, binding, tile, bound)
+        return CallPlan(self.plan, binding, tile, bound, captured=captured)
 
 
 def call_key(

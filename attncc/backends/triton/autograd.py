@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from attncc.backends.triton import launch
 from attncc.backends.triton.launch import Run
+from attncc.capture import capturing
+from attncc.errors import UnsupportedError
+from attncc.plans import CallPlan
 
 
 def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -70,6 +73,13 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse2, *captured = ctx.saved_tensors
+        plan = ctx.run.bound
+        made_in_graph = isinstance(plan, CallPlan) and plan.captured
+        if made_in_graph != capturing(q.device):
+            raise UnsupportedError(
+                "a backward is captured into a CUDA graph, and its forward was not, or the reverse",
+                hint="capture both, in one graph or in two",
+            )
         if dout is None:
             dout = torch.zeros_like(out)
         backward = ctx.run.backward or launch.backward
