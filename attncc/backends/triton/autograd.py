@@ -24,7 +24,7 @@ def attention(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """
     captured = run.differentiable
     if not wants_gradients(captured, q, k, v) and not _transformed():
-        out, lse, _ = _forward(run, q, k, v)
+        out, lse, _ = (run.forward or launch.forward)(run, q, k, v)
     else:
         apply: Any = _Attention.apply
         out, lse = apply(run, tuple(captured), q, k, v, *captured.values())
@@ -36,10 +36,6 @@ def wants_gradients(captured: Mapping[str, Tensor], *inputs: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(x.requires_grad for x in (*inputs, *captured.values()))
-
-
-def _forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (run.forward or launch.forward)(run, q, k, v)
 
 
 def _transformed() -> bool:
@@ -61,7 +57,7 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         *captured: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, lse2 = _forward(run, q, k, v)
+        out, lse, lse2 = (run.forward or launch.forward)(run, q, k, v)
         ctx.run, ctx.names = run, names
         ctx.save_for_backward(q, k, v, out, lse2, *captured)
         ctx.set_materialize_grads(False)

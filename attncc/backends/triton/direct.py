@@ -55,19 +55,20 @@ class Direct:
         if queue is None:
             queue = self._streams[stream] = ctypes.c_void_p(stream)
         with self._lock:
-            slots = self._slots
-            for at, which in self._pointers:
-                slots[at] = tensors[which].data_ptr()
             try:
-                self._launch(queue, tensors)
+                self._start(queue, tensors)
             except _NoContext:  # a thread's first use of the GPU
                 _bind(self.device)
-                self._launch(queue, tensors)
+                self._start(queue, tensors)
 
-    def _launch(self, queue: ctypes.c_void_p, tensors: Sequence[Tensor]) -> None:
+    def _start(self, queue: ctypes.c_void_p, tensors: Sequence[Tensor]) -> None:
+        slots, params = self._slots, self._params
+        for at, which in self._pointers:
+            slots[at] = tensors[which].data_ptr()
         for at, which, maps in self._maps:
-            self._params[at] = maps.at(tensors[which].data_ptr())
-        if failed := _launcher()(*self._before, queue, self._params, None):
+            address = tensors[which].data_ptr()
+            params[at] = maps.made.get(address) or maps.encoded(address)
+        if failed := _launcher()(*self._before, queue, params, None):
             _raise("cuLaunchKernel", failed)
 
     def _fill(
@@ -186,18 +187,15 @@ class _Maps:
         self._steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         self._swizzle = int(meta["swizzle"])
         self._nan = int(descriptor.padding == "nan")
-        self._made: dict[int, tuple[int, Any]] = {}
+        self.made: dict[int, int] = {}
+        """Where the tensor map for an address lies."""
+        self._memory: list[Any] = []
 
-    def at(self, address: int) -> int:
-        """Where the tensor map for memory at `address` lies."""
-        found = self._made.get(address)
-        if found is None:
-            if len(self._made) >= MAPS:
-                self._made.clear()
-            found = self._made[address] = self._encoded(address)
-        return found[0]
-
-    def _encoded(self, address: int) -> tuple[int, Any]:
+    def encoded(self, address: int) -> int:
+        """Makes one, and returns where it lies."""
+        if len(self.made) >= MAPS:
+            self.made.clear()
+            self._memory.clear()
         memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
         begin = ctypes.addressof(memory)
         begin += -begin % MAP_ALIGNMENT
@@ -217,7 +215,9 @@ class _Maps:
         )
         if failed := driver().cuTensorMapEncodeTiled(*arguments):
             _raise("cuTensorMapEncodeTiled", failed)
-        return begin, memory
+        self._memory.append(memory)
+        self.made[address] = begin
+        return begin
 
 
 L2_PROMOTION_128B = 2
