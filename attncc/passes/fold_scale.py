@@ -37,6 +37,11 @@ def in_log2_units(score: Expr) -> Expr:
     return _Fold().times(score, LOG2E)
 
 
+def products(expr: Expr) -> int:
+    """Multiplications that an element of a tile pays."""
+    return sum(isinstance(n, Apply) and n.op is ops.MUL and not uniform(n) for n in walk(expr))
+
+
 def uniform(expr: Expr) -> bool:
     """Whether one value serves a whole tile: nothing varies with q_idx, kv_idx or the score."""
     return not axes(expr) & (Axis.Q | Axis.KV)

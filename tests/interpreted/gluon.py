@@ -66,8 +66,12 @@ class Value:
     def dtype(self) -> Dtype:
         return _dtype(self.data)
 
-    def to(self, dtype: Dtype) -> Value:
-        return Value(self.data.astype(dtype.numpy))
+    def to(self, dtype: Dtype, bitcast: bool = False) -> Value:
+        return self if bitcast else Value(self.data.astype(dtype.numpy))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
 
     def reshape(self, shape: Sequence[int]) -> Value:
         return Value(self.data.reshape(shape))
@@ -152,6 +156,9 @@ class Pointer:
 
     def __add__(self, by: Any) -> Pointer:
         return Pointer(self.array, self.at + _plain(by))
+
+    def __sub__(self, by: Any) -> Pointer:
+        return Pointer(self.array, self.at - _plain(by))
 
     @property
     def dtype(self) -> PointerType:
@@ -457,10 +464,15 @@ def _add_by_fours(to: Pointer, x: Value) -> Value:
     return Value(np.zeros(x.data.shape, np.int8))
 
 
-def _assembly(text: str, constraints: str, args: Sequence[Any], **options: Any) -> Value:
+def _assembly(text: str, constraints: str, args: Sequence[Any], **options: Any) -> Any:
     if text.startswith("red.relaxed.gpu.global.add.v4.f32"):
         return _add_by_fours(*args)
+    if text.startswith("cvt.rn."):  # two numbers in one
+        low, high = args
+        return Value(low.data + 1j * high.data)
     (x,) = args
+    if text.startswith("mov.b32 {"):
+        return Value(x.data.real), Value(x.data.imag)
     if text.startswith("tanh.approx"):
         return Value(np.tanh(x.data))
     assert text.startswith("ld.global.nc.f32"), text
@@ -495,6 +507,8 @@ GL = SimpleNamespace(
     int32=INT32,
     int64=INT64,
     float32=FLOAT32,
+    bfloat16=HALF,
+    int16=INT8,
     allocate_shared_memory=_allocate,
     arange=lambda lo, hi, layout: Value(np.arange(lo, hi, dtype=np.int32)),
     zeros=lambda shape, dtype, layout: Value(np.zeros(shape, dtype.numpy)),
@@ -520,6 +534,8 @@ GL = SimpleNamespace(
     store=lambda pointer, value, mask=None: pointer.store(value, mask),
     atomic_add=lambda pointer, value, sem, mask=None: pointer.add(value, mask),
     convert_layout=lambda x, layout, assert_trivial=False: x,
+    split=lambda x: (x[..., 0], x[..., 1]),
+    join=lambda x, y: Value(np.stack([x.data, y.data], -1)),
     cast=lambda x, dtype: Value(np.asarray(_plain(x), dtype.numpy)),
     static_range=range,
     program_id=_PROGRAM.identity,

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 
 from attncc.backends.gluon import dialect
+from attncc.backends.gluon.forward import masked
 from attncc.backends.gluon.hoist import Value
 from attncc.backends.gluon.hoist_keys import beside, hoisted_keys
 from attncc.backends.triton.backward import (
@@ -26,7 +27,7 @@ from attncc.backends.triton.backward import (
     sum_lines,
     weight_lines,
 )
-from attncc.backends.triton.forward import LAST, score_lines, strides
+from attncc.backends.triton.forward import LAST, mask_lines, mod_lines, score_lines, strides
 from attncc.backends.triton.lower import Reduction
 from attncc.backends.triton.sections import (
     File,
@@ -320,8 +321,16 @@ return {state}'''
     def _weights(self) -> str:
         spec, mods = self.spec, self.mods
         q, kv = "q_idx[None, :]", "kv_idx[:, None]"
-        text = score_lines(self.file, mods, "qk", transposed=True)
-        text += probability_lines(spec, "[None, :]") if self.softmax else weight_lines(spec)
+        weighed = probability_lines(spec, "[None, :]") if self.softmax else weight_lines(spec)
+        if self._refuses_once():
+            before, keep = mask_lines(self.file, mods, transposed=True)
+            text = "score = qk\n"
+            text += f"if MASKED:\n{indented(_lines(before))}" if before else ""
+            text += _lines(mod_lines(self.file, mods, transposed=True))
+            text += weighed.split("if MASKED:")[0]
+            text += masked([*keep, "p = tl.where(keep, p, 0.0)"])
+        else:
+            text = score_lines(self.file, mods, "qk", transposed=True) + weighed
         text += "weights = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)\n"
         early = self.softmax and mods.slope is not None and not mods.gradients
         if early:  # the scores are not needed any more when dp is there
@@ -342,6 +351,11 @@ ds = ds.to(q.dtype)
 slopes = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
 show(ds, ds_sm, my_ds, after, CONSUMER)
 """
+
+    def _refuses_once(self) -> bool:
+        """Whether weights of 0 are all that masked pairs need, and more than keys decide."""
+        plain = self.softmax and self.mods.slope is None and not self.mods.gradients
+        return plain and self.mods.key_mask is not None
 
     def _rows(self, q: str, kv: str) -> str:
         """Lines that add the gradients of what is read once a query."""

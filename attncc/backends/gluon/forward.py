@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from attncc.backends.gluon import dialect
 from attncc.backends.gluon.hoist import Value, hoisted
-from attncc.backends.triton.forward import LAST, Mods, score_lines
+from attncc.backends.triton.forward import LAST, Mods, in_log2_units, mask_lines, mod_lines
 from attncc.backends.triton.sections import (
     File,
     Function,
@@ -91,6 +91,27 @@ def look(words, at):
     return gl.max(words.index(at).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 """
 
+PACKED = """
+@gluon.jit
+def packed(p, dtype: gl.constexpr):
+    \"\"\"Weights rounded, two in a register; ptxas would swap halves carried around a loop.\"\"\"
+    ROUND: gl.constexpr = "cvt.rn.bf16x2.f32" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32"
+    low, high = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(
+        ROUND + " $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpacked(p, dtype: gl.constexpr, WEIGHTS: gl.constexpr):
+    \"\"\"The same as an operand of a product.\"\"\"
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [p], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    p = gl.join(low, high).reshape([p.shape[0], p.shape[1] * 2]).to(dtype, bitcast=True)
+    return gl.convert_layout(p, WEIGHTS, assert_trivial=True)
+"""
+
 _ROWS = """\
 q_lo = q_tile * BLOCK_M + CONSUMER * 64
 rows = q_lo + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
@@ -139,7 +160,7 @@ class _Forward:
         self.consumers, self.out_in_q = consumers, out_in_q
         self.plain = File(spec)
         """Before anything was taken out of the mods."""
-        self.spec = hoisted(spec)
+        self.spec = hoisted(replace(spec, columns=True))
         self.file = File(self.spec)
         self.softmax = spec.lowering.softmax
         self.functions: list[Function] = []
@@ -163,7 +184,7 @@ class _Forward:
         tiles, weigh = self._place(), self._weigh()
         consume = self._consume(tiles, weigh, self._attend(weigh))
         self._kernel(consume, self._produce(tiles), len(tiles.names))
-        return dialect.text(self.file, "forward", [RING, *(f.text for f in self.functions)])
+        return dialect.text(self.file, "forward", [RING, PACKED, *(f.text for f in self.functions)])
 
     def _define(self, name: str, args: Iterable[str], body: str, kernel: bool = False) -> Function:
         function = define(name, tuple(args), body, kernel=kernel)
@@ -244,20 +265,25 @@ mbarrier.arrive(empty.index(slot))
         for value in spec.values:
             line = f"{value.name} = {value.name}{value.suffix}\n"
             body += f"if MASKED:\n    {line}" if value.masks else line if value.suffix else ""
-        lines = score_lines(self.file, self.mods, "score").replace("score = score\n", "", 1)
+        before, keep = mask_lines(self.file, self.mods)
         # Positions kept readable would pass for the last key's.
         if spec.bounded and not positions(self.file, Axis.KV, "kv_idx", "kv_len"):
-            lines = lines.replace("    inside = kv_idx < kv_len\n", "")
-            lines = lines.replace("    keep = keep & inside[None, :]\n", "")
-        body += lines
+            before.remove("inside = kv_idx < kv_len")
+            keep.remove("keep = keep & inside[None, :]")
+        if before:
+            body += f"if MASKED:\n{indented(_lines(before))}"
+        if self.mods.score is not None and "kv_column" in self.mods.score.extra:
+            body += "kv_column = columns[None, :]\n"
+        body += _lines(mod_lines(self.file, self.mods))
         if self.softmax:
             doc = '"""Weights of a tile of scores beside the running softmax (l_i, m_i)."""\n'
+            body += masked([*keep, 'score = tl.where(keep, score, float("-inf"))'])
             body += _softmax_lines(spec) + "return p, l_i, m_i, alpha"
         else:
             doc = '"""Weights of a tile of scores."""\n'
             sigmoid = spec.lowering.normalize is Normalize.SIGMOID
             body += f"p = {'tl.sigmoid(score)' if sigmoid else 'score'}\n"
-            body += "if MASKED:\n    p = tl.where(keep, p, 0.0)\nreturn p"
+            body += masked([*keep, "p = tl.where(keep, p, 0.0)"]) + "return p"
         args = ("score", "l_i", "m_i", *self.own, "columns", "b", "h", "kv_head", "q_idx", "q_lo")
         return self._define("weigh", (*args, "kv_tile", *self.known), doc + body)
 
@@ -284,7 +310,7 @@ mbarrier.arrive(empty.index(slot))
 k = arrived(k_ring, step + 1, STAGES)
 score = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 v = arrived(v_ring, step, STAGES)
-acc = warpgroup_mma(p, v, acc, is_async=True)
+acc = warpgroup_mma(unpacked(p, q.dtype, WEIGHTS), v, acc, is_async=True)
 {self._read_ahead("MASKED")}\
 score = warpgroup_mma_wait(1, deps=(score,))
 release(k_ring, step + 1, STAGES)
@@ -294,7 +320,7 @@ release(v_ring, step, STAGES)
 '''
         if self.softmax:
             body += "acc = acc * gl.convert_layout(alpha, OUT_ROWS, assert_trivial=True)[:, None]\n"
-        body += "p = gl.convert_layout(new.to(v.dtype), WEIGHTS, assert_trivial=True)\n"
+        body += "p = packed(new, q.dtype)\n"
         body += f"return {', '.join(self.state)}, step + 1"
         args = dict.fromkeys((*self.state, "step", "q", *RINGS, "zero", "columns", *weigh.extra))
         read = [name for r in self.reads[1:] for name in (*r.extra, *READ)]
@@ -373,7 +399,7 @@ while tile[0] < works:
     {"" if self.out_in_q else release}
     # -- the last values, and the first product of the next tile of work
     v = arrived(v_ring, step, STAGES)
-    acc = warpgroup_mma(p, v, acc, is_async=True)
+    acc = warpgroup_mma(unpacked(p, q.dtype, WEIGHTS), v, acc, is_async=True)
 {indented(end)}
     score = warpgroup_mma_wait(0, deps=(score,))
 {indented(_lines(f"{one} = {other}" for one, other in zip(read, after, strict=True)))}\
@@ -411,7 +437,7 @@ q = arrived(q_ring, turn * CONSUMERS + CONSUMER, CONSUMERS * Q_STAGES)
 kv_tile = first
 {self._read_ahead("True")}\
 {self._weighed(weigh, "p", "True")}
-p = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)
+p = packed(p, q.dtype)
 {walk("1", "partial_count", tiles.partial, "True")}"""
         if tiles.full is not None:
             start = "1 - tl.minimum(partial_count, 1)"
@@ -641,15 +667,21 @@ def _lines(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def masked(lines: Sequence[str]) -> str:
+    """Lines that refuse pairs of a MASKED tile, behind a branch that is always taken.
+
+    ptxas would else find all pairs' masks before their scores are there, more than it has
+    predicates for, and keep them as bits: 5 instructions a pair in place of 2.
+    """
+    return f"if MASKED:\n    if nought == 0:\n{indented(_lines(lines), 8)}"
+
+
 def _softmax_lines(spec: Spec) -> str:
     plain = spec.lowering.plain
-    top = "tl.max(score, 1) * (scale * 1.4426950408889634)" if plain else "tl.max(score, 1)"
-    scaled = "score * (scale * 1.4426950408889634)" if plain else "score"
+    top, scaled = (in_log2_units(spec, value) for value in ("tl.max(score, 1)", "score"))
     safe = 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)'
     safe = f"safe = m_new\nif MASKED:\n    {safe}" if plain else safe
     return f"""\
-if MASKED:
-    score = tl.where(keep, score, float("-inf"))
 m_new = tl.maximum(m_i, {top})
 {safe}
 alpha = tl.exp2(m_i - safe)

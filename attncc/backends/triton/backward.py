@@ -11,6 +11,7 @@ from attncc.backends.triton.forward import (
     POSITIONS,
     Mods,
     at_head,
+    in_log2_units,
     merged,
     score_lines,
     sides,
@@ -32,8 +33,6 @@ from attncc.backends.triton.sections import (
 from attncc.backends.triton.text import indented
 from attncc.ir.expr import Axis
 from attncc.ir.program import Normalize
-
-LOG2E = "1.4426950408889634"
 
 
 def backward_source(spec: Spec) -> str:
@@ -64,21 +63,18 @@ class BackwardMods(Mods):
         self.slope: Function | None = None
         if lowering.slope is not None:
             doc = "d(score) / d(q . k * scale), of the raw q . k."
-            self.slope = file.function("score_slope", doc, [lowering.slope], leading)
+            slope = [lowering.slope]
+            self.slope = file.function("score_slope", doc, slope, leading, kept=True)
         self.gradients: list[tuple[Gradient, str, Function, Function | None]] = []
         for at, gradient in enumerate(lowering.gradients):
             self._gradient(file, at, gradient, leading)
         functions = [self.slope, *(f for _, _, *fs in self.gradients for f in fs)]
-        names = dict.fromkeys(self.extra)
-        for function in functions:
-            if function is not None:
-                names |= dict.fromkeys(function.extra)
-        self.extra = tuple(names)
+        self.extra = tuple(dict.fromkeys((*self.extra, *merged(*functions))))
 
     def _gradient(self, file: File, at: int, gradient: Gradient, leading: tuple[str, ...]) -> None:
         tensor = gradient.load.tensor.name
         doc = f"d(score) / d({tensor}), of the raw q . k."
-        factor = file.function(f"grad_{at}_mod", doc, [gradient.factor], leading)
+        factor = file.function(f"grad_{at}_mod", doc, [gradient.factor], leading, kept=True)
         index = None
         if gradient.reduction is Reduction.PAIR:
             doc = f"Where {tensor} is read."
@@ -193,7 +189,7 @@ def _lse_lines(mods: BackwardMods) -> str:
 
 
 def probability_lines(spec: Spec, rows: str) -> str:
-    scaled = f"score * (scale * {LOG2E})" if spec.lowering.plain else "score"
+    scaled = in_log2_units(spec, "score")
     return f"p = tl.exp2({scaled} - lse{rows})\nif MASKED:\n    p = tl.where(keep, p, 0.0)\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attncc.backends.triton.sections import (
+    PLACES,
     File,
     Function,
     Spec,
@@ -47,25 +48,29 @@ class Mods:
         self.key_mask = self.mask
         self.score: Function | None = None
         if not lowering.plain:
-            doc = "The score in log2 units, of the raw q . k."
-            if not lowering.softmax:
-                doc = "The score, of the raw q . k."
+            units = " in log2 units" if lowering.in_log2 else ""
+            doc = f"The score{units}, of the raw q . k."
             leading = ("score", "scale", *POSITIONS)
-            self.score = file.function("score_mod", doc, [lowering.score], leading)
+            self.score = file.function("score_mod", doc, [lowering.score], leading, kept=True)
         self.rows = lowering.plan.row_terms_cancel and self.score is not None
         if self.rows:
             self._row_term(file)
-        self.extra = merged(self.mask, self.score)
+        self.extra = merged(self.mask, self.score, self.row_term if self.rows else None)
 
     def _row_term(self, file: File) -> None:
-        assert self.score is not None
-        extra = tuple(e for e in self.score.extra if e != "kv_len")
-        own = self.score.call("0.0", "scale", "b", "h", "q_idx", "at")
-        base = self.score.call("0.0", "scale", "b", "h", "at", "at")
+        score = self.score
+        assert score is not None
+        if any(place in score.extra for place in PLACES):
+            doc, leading = "The same, of single pairs.", score.leading
+            score = file.function("score_at", doc, [file.spec.lowering.score], leading)
+        extra = tuple(e for e in score.extra if e != "kv_len")
+        own = score.call("0.0", "scale", "b", "h", "q_idx", "at")
+        base = score.call("0.0", "scale", "b", "h", "at", "at")
         leading = ("scale", "b", "h", "q_idx", "q_lo", "kv_len")
         head = f"def row_term({', '.join((*leading, *extra))}):"
         doc = '"""What a row\'s scores lack when score_mod is given reference_row; it cancels."""'
-        body = f"{doc}\nat = reference_row(q_lo, kv_len)\nown = {own}\nreturn own - {base}"
+        body = f"{doc}\nat = reference_row(q_lo, kv_len)\nown = {own}\n"
+        body += f"return {in_log2_units(file.spec, f'(own - {base})')}"
         text = f"@triton.jit\n{head}\n{indented(body)}\n"
         self.row_term = Function("row_term", leading, extra, text)
         reference = Function("reference_row", (), (), REFERENCE_ROW.lstrip())
@@ -92,8 +97,18 @@ def merged(*functions: Function | None) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for function in functions:
         if function is not None:
-            names |= dict.fromkeys(function.extra)
+            names |= dict.fromkeys(name for name in function.extra if name not in PLACES)
     return tuple(names)
+
+
+LOG2E = "1.4426950408889634"
+
+
+def in_log2_units(spec: Spec, value: str) -> str:
+    """A score, or a difference of scores, as exponentials of base 2 take it."""
+    if spec.lowering.in_log2 and not spec.lowering.plain:
+        return value
+    return f"{value} * (scale * {LOG2E})" if spec.lowering.plain else f"{value} * {LOG2E}"
 
 
 def sides(spec: Spec, *names: str) -> list[str]:
@@ -165,35 +180,45 @@ def _state(spec: Spec) -> tuple[str, ...]:
 
 def score_lines(file: File, mods: Mods, dot: str, *, transposed: bool = False) -> str:
     """Lines from the product of a tile of q and k to its `score`, and `keep` where MASKED."""
-    q, kv = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
-    lines = [f"score = {dot}"]
-    inside = f"(kv_idx < kv_len){kv}"
+    before, keep = mask_lines(file, mods, transposed=transposed)
+    masked = ["if MASKED:", *("    " + line for line in (*before, *keep))]
+    scored = mod_lines(file, mods, transposed=transposed)
+    return "\n".join([f"score = {dot}", *masked, *scored]) + "\n"
+
+
+def mod_lines(file: File, mods: Mods, *, transposed: bool = False) -> list[str]:
+    """Lines that make the `score` of the raw one."""
+    if mods.score is None:
+        return []
+    q, kv = SIDES[transposed]
+    pair = (mods.row_index(f"q_idx{q}"), f"kv_idx{kv}")
+    lines = [f"score = {mods.score.call('score', 'scale', 'b', 'h', *pair)}"]
+    if not any(isinstance(node, Score) for node in walk(file.spec.lowering.score)):
+        lines = ["whole = tl.zeros_like(score)", *lines, "score = whole + score"]
+    return lines
+
+
+def mask_lines(file: File, mods: Mods, *, transposed: bool = False) -> tuple[list[str], list[str]]:
+    """Lines of a masked tile: those that keep its keys readable, and those that make `keep`."""
+    q, kv = SIDES[transposed]
     clamp = positions(file, Axis.KV, "kv_idx", "kv_len", keys=transposed)
-    keep = inside
     mask = mods.key_mask if transposed else mods.mask
-    if mask is not None:
-        keep = mask.call("b", "h", f"q_idx{q}", f"kv_idx{kv}")
-    scored = []
-    if mods.score is not None:
-        pair = (mods.row_index(f"q_idx{q}"), f"kv_idx{kv}")
-        scored = [f"score = {mods.score.call('score', 'scale', 'b', 'h', *pair)}"]
-        if not any(isinstance(node, Score) for node in walk(file.spec.lowering.score)):
-            scored.insert(0, "whole = tl.zeros_like(score)")
-            scored.append("score = whole + score")
-    masked = [f"keep = {keep}"]
-    if mask is not None:
-        masked = ["inside = kv_idx < kv_len", *clamp, *masked, f"keep = keep & inside{kv}"]
-    elif clamp:
-        masked += clamp
-    masked_first = ["if MASKED:", *("    " + line for line in masked)]
-    return "\n".join([*lines, *masked_first, *scored]) + "\n"
+    before = ["inside = kv_idx < kv_len", *clamp]
+    if mask is None:
+        return before if clamp else [], [f"keep = {'inside' if clamp else '(kv_idx < kv_len)'}{kv}"]
+    keep = [f"keep = {mask.call('b', 'h', f'q_idx{q}', f'kv_idx{kv}')}"]
+    return before, [*keep, f"keep = keep & inside{kv}"]
+
+
+SIDES = {False: ("[:, None]", "[None, :]"), True: ("[None, :]", "[:, None]")}
+"""How a query and a key stand beside a tile of pairs, and of transposed ones."""
 
 
 def _softmax_lines(file: File, mods: Mods) -> str:
-    plain = file.spec.lowering.plain
+    spec = file.spec
+    plain = spec.lowering.plain
     # A kept pair may score -inf, but q . k alone cannot: only masks and mods need the guard.
-    top = "tl.max(score, 1) * (scale * 1.4426950408889634)" if plain else "tl.max(score, 1)"
-    scaled = "score * (scale * 1.4426950408889634)" if plain else "score"
+    top, scaled = (in_log2_units(spec, value) for value in ("tl.max(score, 1)", "score"))
     always = "" if plain else 'safe = tl.where(m_new == float("-inf"), 0.0, m_new)\n'
     lines = f"""\
 if MASKED:

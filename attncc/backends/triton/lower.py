@@ -35,7 +35,7 @@ from attncc.ir.expr import (
 from attncc.ir.plan import Blocks, Plan, Ranges
 from attncc.ir.program import Normalize
 from attncc.ir.rewrite import Rewriter, postorder
-from attncc.passes.fold_scale import ONE, SCALE, in_log2_units, in_raw_units
+from attncc.passes.fold_scale import ONE, SCALE, in_log2_units, in_raw_units, products
 from attncc.passes.simplify import RULES
 
 
@@ -69,7 +69,8 @@ class Lowering:
     key_mask: Expr | None
     """The same for kernels of key tiles: may read more of a key."""
     score: Expr
-    """Softmax: the score in log2 units; otherwise the score itself."""
+    """The score itself, or times log2(e) where that costs no product a pair."""
+    in_log2: bool
     slope: Expr | None
     """d(score)/d(scaled q . k); None where it is 1."""
     gradients: tuple[Gradient, ...]
@@ -92,13 +93,16 @@ class Lowering:
 def lower(plan: Plan) -> Lowering:
     """The kernels' view of a plan."""
     program = plan.program
-    softmax = program.normalize is Normalize.SOFTMAX
+    raw, log2 = in_raw_units(plan.score), in_log2_units(plan.score)
+    # Late: the exponentials, which are of base 2, multiply beside their subtraction.
+    late = program.normalize is not Normalize.SOFTMAX or products(raw) < products(log2)
     slope = in_raw_units(derivative(plan.score, Score()))
     return Lowering(
         plan=plan,
         mask=_mask(plan, plan.key_ranges, KV_IDX, {Q_LO: Q_IDX, Q_LAST: Q_IDX}),
         key_mask=_mask(plan, plan.query_ranges, Q_IDX, {KV_LO: KV_IDX, KV_LAST: KV_IDX}),
-        score=in_log2_units(plan.score) if softmax else in_raw_units(plan.score),
+        score=raw if late else log2,
+        in_log2=not late,
         slope=None if slope == ONE else slope,
         gradients=tuple(_gradients(plan.score)),
         sink=program.sink,

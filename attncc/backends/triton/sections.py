@@ -49,6 +49,7 @@ class Spec:
     ptx:         for NVIDIA GPUs, so a function may be one of their instructions.
     descriptors: tiles come through tensor descriptors (sm_90 and up), not pointers.
     wide:        integers of the mods need 64 bits.
+    columns:     kv_idx is kv_lo + kv_column, of which the score is given both.
     """
 
     lowering: Lowering
@@ -56,6 +57,7 @@ class Spec:
     ptx: bool
     descriptors: bool
     wide: bool = False
+    columns: bool = False
 
     @property
     def params(self) -> Params:
@@ -98,6 +100,10 @@ CONSTEXPRS += ("STAGES", "Q_STAGES", "CONSUMERS", "CONSUMER", "REGISTERS")
 CONSTEXPRS += ("SCORES", "OUT", "OUT_ROWS", "WEIGHTS", "SUMS", "QUARTER")
 
 
+PLACES = "kv_lo", "kv_column", "MASKED", "BLOCK_N"
+"""What tells a function of the score about its tile."""
+
+
 def define(name: str, args: Sequence[str], body: str, *, kernel: bool = False) -> Function:
     """A function with those of `args` that its body names, constexprs last."""
     body = re.sub(r"\n{3,}", "\n\n", body)
@@ -133,7 +139,8 @@ class File:
         self.names = Names(p.name for p in plan.params)
         proved = plan.proved_loads
         self.found = frozenset(search.tensor for search in plan.searches)
-        self.printer = Printer(self.names, proved, spec.ptx, found=self.found)
+        columns = spec.columns and not spec.wide
+        self.printer = Printer(self.names, proved, spec.ptx, found=self.found, columns=columns)
         self.ends = Printer(self.names, proved, spec.ptx, wide=spec.wide, found=self.found)
         self.ends.helpers = self.printer.helpers
         self.functions: list[Function] = []
@@ -158,16 +165,28 @@ class File:
         return args
 
     def function(
-        self, name: str, doc: str, outputs: Sequence[Expr], leading: Sequence[str]
+        self,
+        name: str,
+        doc: str,
+        outputs: Sequence[Expr],
+        leading: Sequence[str],
+        *,
+        kept: bool = False,
     ) -> Function:
-        """Prints `name`, which returns the outputs, and keeps it."""
+        """Prints `name`, which returns the outputs, and keeps it.
+
+        kept: what it returns matters at kept pairs alone; in unmasked tiles those are all.
+        """
         extra = self.extras(outputs)
-        lines, texts = self.printer.body(outputs)
+        lines, texts = self.printer.body(outputs, kept=kept)
+        words = set(re.findall(r"\w+", " ".join((*lines, *texts)))) if kept else set()
+        extra = (*extra, *(name for name in PLACES if name in words))
         if self.spec.wide:
             wide = [i for i in ("q_idx", "kv_idx") if i in leading]
             lines = [f"{i} = {i}.to(tl.int64)" for i in wide] + lines
         body = "\n".join([f'"""{doc}"""', *lines, f"return {', '.join(texts)}"])
-        head = f"def {name}({', '.join((*leading, *extra))}):"
+        typed = [f"{a}: tl.constexpr" if a in CONSTEXPRS else a for a in extra]
+        head = f"def {name}({', '.join((*leading, *typed))}):"
         function = Function(name, tuple(leading), extra, f"@triton.jit\n{head}\n{indented(body)}\n")
         self.functions.append(function)
         return function

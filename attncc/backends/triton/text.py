@@ -6,11 +6,13 @@ import keyword
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import assert_never
 
 from attncc.ir import ops
 from attncc.ir.expr import (
+    KV_IDX,
+    KV_LO,
     SIZES,
     Apply,
     Axis,
@@ -182,6 +184,7 @@ _OWN = re.compile(
     r"|bring|arrived|release|ring_of|put|look|give|take|weigh|begin|ask|asked|found|sigmoid|gl"
     r"|first|last|part|factor|counter|list_start|read_mask|gluon|tma|mbarrier|fence_async_shared"
     r"|warpgroup_mma(_wait)?|(done|ds)_\d|bh_count|heavy|dq_sum|(lse|delta)_rows|block|sums|within"
+    r"|(un)?packed|kv_column|score_at"
 )
 
 
@@ -228,9 +231,11 @@ class Printer:
         bounds: bool = False,
         wide: bool = False,
         found: Collection[TensorParam] = (),
+        columns: bool = False,
     ) -> None:
         """wide: int scalars, and what searches found, take 64 bits.
         found: what searches make, int32 and contiguous.
+        columns: of what matters at kept pairs, kv_idx is kv_lo + kv_column.
         bounds: for expressions that bound others, whose ints take 64 bits, and whose nan means
         that nothing is known, so that min and max must keep it."""
         self.names = names
@@ -239,21 +244,28 @@ class Printer:
         self.bounds = bounds
         self.wide = wide
         self.found = frozenset(found)
+        self.columns = columns
         self.helpers: set[str] = set()
 
     @property
     def int_type(self) -> str:
         return "tl.int64" if self.bounds else "tl.int32"
 
-    def body(self, outputs: Sequence[Expr]) -> tuple[list[str], list[str]]:
-        """Assignments for shared and long subexpressions, and the text of each output."""
-        return _Body(self, outputs, SHORT if self.bounds else LONG).run(outputs)
+    def body(self, outputs: Sequence[Expr], *, kept: bool = False) -> tuple[list[str], list[str]]:
+        """Assignments for shared and long subexpressions, and the text of each output.
+
+        kept: the outputs matter at kept pairs alone. What those reach for sure is then in range in
+        every tile that is not MASKED.
+        """
+        return _Body(self, outputs, SHORT if self.bounds else LONG, kept).run(outputs)
 
 
 class _Body:
-    def __init__(self, printer: Printer, outputs: Sequence[Expr], long: int = LONG) -> None:
+    def __init__(self, printer: Printer, outputs: Sequence[Expr], long: int, kept: bool) -> None:
         self.printer = printer
         self.long = long
+        self.sure = _reached(outputs) if kept else frozenset()
+        self.columns = kept and printer.columns
         self.lines: list[str] = []
         self.named: dict[Expr, str] = {}
         self.shared = _repeated(outputs)
@@ -331,7 +343,10 @@ class _Body:
         names = self.printer.names
         tensor = load.tensor.name
         where = names.pointer(tensor)
+        far = -1 if load in self.printer.proved or load not in self.sure else _pair_axis(load)
         for axis, index in enumerate(load.at):
+            if axis == far:
+                continue
             text = self._at(index, P_TERM)
             if load not in self.printer.proved:
                 last = f"{names.size(tensor, axis)} - 1"
@@ -341,7 +356,10 @@ class _Body:
             if not pair and not isinstance(index, Const) and not self.printer.bounds:
                 text = f"{atom(text)}.to(tl.int64)"
             where += f" + {text} * {names.stride(tensor, axis)}"
-        if len(where) > ROOT:
+        if far >= 0:
+            where = self._name(None, where)
+            self._moved(where, load, far)
+        elif len(where) > ROOT:
             where = self._name(None, where)
         read = "gather" if self.printer.ptx and _scattered(load) else "tl.load"
         match load.tensor.kind:
@@ -354,6 +372,32 @@ class _Body:
                 return f"{read}({where}) != 0"
             case _:
                 assert_never(load.tensor.kind)
+
+    def _moved(self, pointer: str, load: Load, axis: int) -> None:
+        """Lines that move a pointer along the axis that has an index of both positions.
+
+        Where nothing is masked the index is in range. Moved by what varies with the query, then by
+        what varies with the key, it takes no instruction a pair: constants are part of the load.
+        """
+        names, index = self.printer.names, load.at[axis]
+        stride = names.stride(load.tensor.name, axis)
+        last = f"{names.size(load.tensor.name, axis)} - 1"
+        text = self.text(index)
+        apart = _apart(index) or (("+", index),)
+        steps = []
+        for sign, part in apart:
+            if part == KV_IDX and self.columns:
+                # Places that are not negative, or LLVM leaves constants out of the loads.
+                start, place = "kv_lo", "kv_column"
+                if sign == "-":
+                    start, place = "(kv_lo + BLOCK_N - 1)", "(BLOCK_N - 1 - kv_column)"
+                steps.append(f"    {pointer} {sign}= {start}.to(tl.int64) * {stride}")
+                steps.append(f"    {pointer} += {place} * {stride}")
+            else:
+                moved = f"{atom(self.text(part))}.to(tl.int64) * {stride}"
+                steps.append(f"    {pointer} {sign}= {moved}")
+        clamped = f"tl.minimum(tl.maximum({text}, 0), {last})"
+        self.lines += ["if MASKED:", f"    {pointer} += {clamped} * {stride}", "else:", *steps]
 
     def _apply(self, expr: Apply) -> tuple[str, int]:
         op, args = expr.op, expr.args
@@ -384,7 +428,16 @@ class _Body:
     def _as_float(self, arg: Expr) -> str:
         if isinstance(arg, Const):
             return repr(float(arg.value))
+        apart = {part: sign for sign, part in _apart(arg)} if self.columns else {}
+        if KV_IDX in apart and isinstance(arg, Apply):
+            return self._sum_as_float(arg, apart[KV_IDX])
         return f"{atom(self._at(arg, P_ATOM))}.to(tl.float32)"
+
+    def _sum_as_float(self, arg: Expr, sign: str) -> str:
+        """A sum with kv_idx: what a tile's keys have in common, and the constant rest."""
+        start = self._at(_replaced(arg, KV_IDX, KV_LO), P_ATOM)
+        text = f"{atom(start)}.to(tl.float32) {sign} kv_column.to(tl.float32)"
+        return self._name(None, text)
 
     def _floordiv(self, expr: Apply) -> tuple[str, int]:
         x, y = expr.args
@@ -453,8 +506,75 @@ _SPECIAL: dict[Op, Callable[[_Body, Apply], tuple[str, int]]] = {
 
 def _scattered(load: Load) -> bool:
     """Whether pairs read through one index of both positions, such as q_idx - kv_idx."""
-    pair = Axis.Q | Axis.KV
-    return any(axes(index) & pair == pair for index in load.at)
+    return any(axes(index) & PAIR == PAIR for index in load.at)
+
+
+PAIR = Axis.Q | Axis.KV
+
+
+def _pair_axis(load: Load) -> int:
+    """The one axis whose index has both positions; -1 where there is none, or there are two."""
+    found = [axis for axis, index in enumerate(load.at) if axes(index) & PAIR == PAIR]
+    return found[0] if len(found) == 1 else -1
+
+
+def _reached(outputs: Iterable[Expr]) -> frozenset[Expr]:
+    """Loads that are read whatever the values, with no condition before them."""
+    found: set[Expr] = set()
+    seen: set[int] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Load):
+            found.add(node)
+        match node:
+            case Apply(ops.AND | ops.OR | ops.WHERE, (condition, *_)):
+                stack.append(condition)
+            case _:
+                stack += children(node)
+    return frozenset(found)
+
+
+def _apart(index: Expr) -> tuple[tuple[str, Expr], ...]:
+    """Signed sums that make up an index, of the query alone and of the key alone; else none."""
+    found: dict[Axis, tuple[str, Expr]] = {}
+    for sign, term in _terms(index):
+        side = axes(term) & Axis.KV
+        if side and axes(term) & Axis.Q:
+            return ()
+        if side in found:
+            own, before = found[side]
+            found[side] = own, Apply(ops.ADD if sign == own else ops.SUB, (before, term))
+        else:
+            found[side] = sign, term
+    return tuple(found[side] for side in (Axis.NONE, Axis.KV) if side in found)
+
+
+def _replaced(expr: Expr, old: Expr, new: Expr) -> Expr:
+    """A sum with one of its terms replaced."""
+    if expr == old:
+        return new
+    match expr:
+        case Apply(ops.ADD | ops.SUB | ops.NEG as op, args):
+            return Apply(op, tuple(_replaced(arg, old, new) for arg in args))
+        case _:
+            return expr
+
+
+def _terms(expr: Expr, sign: str = "+") -> Iterator[tuple[str, Expr]]:
+    """What is added and subtracted."""
+    other = "-" if sign == "+" else "+"
+    match expr:
+        case Apply(ops.ADD | ops.SUB as op, (x, y)):
+            yield from _terms(x, sign)
+            yield from _terms(y, sign if op is ops.ADD else other)
+        case Apply(ops.NEG, (x,)):
+            yield from _terms(x, other)
+        case _:
+            yield sign, expr
 
 
 def atom(text: str) -> str:

@@ -34,6 +34,8 @@ ALONE = {
     "start_dq",
     "add_dq",
     "tiles_of",
+    "packed",
+    "unpacked",
 }
 """Functions that no parameter is in."""
 
