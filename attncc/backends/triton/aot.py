@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
@@ -89,7 +90,7 @@ class Compiled:
         with tempfile.NamedTemporaryFile(mode="w", suffix=".ptx") as file:
             file.write(self.assembly)
             file.flush()
-            command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name]
+            command = [get_ptxas(self.target.gpu.arch).path, "-v", "--gpu-name=sm_90a", file.name]
             command += ["-o", "/dev/null"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         return [line for line in done.stderr.splitlines() if "C75" in line]
