@@ -50,9 +50,7 @@ def text(file: File, title: str, kernels: Sequence[str]) -> str:
     if "tl.sigmoid(" in used:
         helpers.append(SIGMOID)
     triton = file.spec.triton
-    functions = "\n\n".join(
-        translated(part.strip() + "\n", triton) for part in (*helpers, *parts)
-    )
+    functions = "\n\n".join(translated(part.strip() + "\n", triton) for part in (*helpers, *parts))
     return laid_out(f"{header(file.spec, title)}{IMPORTS}\n\n{functions}")
 
 

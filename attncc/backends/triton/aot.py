@@ -19,6 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+from attncc.backends.triton.versions import OPTIONS
 from attncc.errors import ArgumentError, suggest
 
 ALIGNMENT = 16
@@ -151,7 +152,7 @@ def compile_for(
     found = triton.compile(
         source,
         target=target.gpu,
-        options={"num_warps": num_warps, "num_stages": num_stages, **options},
+        options={"num_warps": num_warps, "num_stages": num_stages, **OPTIONS, **options},
     )
     return _read_nvidia(found, target) if _is_nvidia(target) else _read_amd(found, target)
 

@@ -11,6 +11,9 @@ Version = tuple[int, int]
 
 OLDEST: Version = (3, 6)
 
+OPTIONS = {"enable_fp_fusion": True}
+"""What every kernel asks of the compiler; Triton 3.10's own default is to round each product."""
+
 
 def parsed(text: str) -> Version:
     """The (3, 7) of "3.7.1" and of "3.7"."""
