@@ -15,7 +15,6 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
@@ -88,6 +87,8 @@ class Compiled:
 
     def remarks(self) -> list[str]:
         """What ptxas says of a kernel for sm_90: that it waits for each wgmma by itself (C75..)."""
+        from triton.backends.nvidia.compiler import get_ptxas  # where Triton has NVIDIA's part
+
         with tempfile.NamedTemporaryFile(mode="w", suffix=".ptx") as file:
             file.write(self.assembly)
             file.flush()
