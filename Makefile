@@ -6,6 +6,8 @@ TEST_MINUTES ?= 14
 # GNU coreutils ends a hung run; macOS has no `timeout`, and goes without.
 LIMIT := $(if $(shell command -v timeout),timeout $(TEST_MINUTES)m)
 INPUTS := pyproject.toml constraints.txt
+# Beside the installed one, those that kernels are compiled with.
+TRITONS := $(addprefix $(VENV)/tritons/,$(shell cat tests/backends/tritons.txt))
 
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -24,7 +26,7 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy --strict attncc
 
-unit: $(VENV)/.installed-dev
+unit: $(VENV)/.installed-dev $(TRITONS)
 	$(LIMIT) $(BIN)/python -m pytest -n 2 -q -m "not slow"
 	TRITON_INTERPRET=1 $(LIMIT) $(BIN)/python -m pytest -n 2 -q tests/interpreted
 
@@ -48,6 +50,11 @@ $(BIN)/python:
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[plot]'
 	touch $@
+
+# Where one cannot be fetched, the tests that want it are skipped.
+$(VENV)/tritons/%: | $(BIN)/python
+	-rm -rf $@.part; $(BIN)/python -m pip install -q --no-deps --target $@.part triton==$* && \
+		mv $@.part $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attncc import frontend
 from attncc.backends import dense, registry
+from attncc.backends.triton.versions import installed
 from attncc.binding import Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
 from attncc.capture import capturing
@@ -221,6 +222,7 @@ class Attention:
 
         Raises ArgumentError, and UnsupportedError where the backend has no such kernel.
         """
+        installed()  # or an UnsupportedError
         from attncc.backends.gluon import emit
         from attncc.backends.triton import aot
         from attncc.backends.triton.emit import Call

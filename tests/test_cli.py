@@ -213,6 +213,18 @@ def test_emit_corrects_a_target_and_a_dtype():
     assert "did you mean 'bf16'" in fail("emit", STREAMING, "--dtype", "bf61")
 
 
+def test_emit_prints_for_another_triton(tmp_path):
+    pytest.importorskip("triton")
+    for version, name in (("3.6.0", "tma.async_copy_shared_to_global"), ("3.9", "tma.async_store")):
+        options = ("--target", "sm_90", "--triton", version)
+        succeed("emit", STREAMING, *options, "-o", tmp_path / version)
+        assert name in (tmp_path / version / "sm_90/streaming_gluon_forward.py").read_text()
+    assert "kernels need Triton 3.6 or later, not 3.5" in fail(
+        "emit", STREAMING, "--triton", "3.5", "-o", tmp_path
+    )
+    assert "say where to, with -o" in fail("emit", STREAMING, "--triton", "3.9")
+
+
 def test_emit_compiles_the_backend_asked_for(tmp_path):
     pytest.importorskip("triton")
     options = ("--target", "sm_90", "--head-dim", 64)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attncc.backends.triton.versions import installed
 from attncc.errors import ArgumentError, UnsupportedError, suggest
 from attncc.numeric import index_bits
 from attncc.settings import settings
@@ -178,6 +179,7 @@ def _check_triton(q: Tensor, v: Tensor) -> None:
         raise UnsupportedError(
             "the triton backend has no float64 kernels", hint="ask for backend='dense', or float32"
         )
+    installed()  # or an UnsupportedError
     widest = max(q.shape[-1], v.shape[-1])
     if widest > WIDEST_HEAD:
         raise UnsupportedError(

@@ -61,16 +61,30 @@ def _torch() -> Iterator[Finding]:
 
 
 def _triton() -> Iterator[Finding]:
-    found = _version("triton")
-    if found is None:
-        yield Finding("triton", False, "not installed: no GPU kernels, no `attncc emit`")
+    if reason := _no_kernels():
+        yield Finding("triton", False, f"{reason}: no GPU kernels, no `attncc emit`")
         return
+    import triton
+
+    found = str(triton.__version__)
     torch_version = _version("torch") or ""
     pair = PAIRS.get(".".join(torch_version.split(".")[:2]))
     matches = pair is None or found.startswith(pair + ".")
     why = "" if matches else f", but torch {torch_version} is built with Triton {pair}"
     yield Finding("triton", matches, found + why)
     yield _interpreter(found)
+
+
+def _no_kernels() -> str:
+    """Why Triton's kernels are not to be had; empty where they are."""
+    from attncc.backends.triton.versions import installed
+    from attncc.errors import UnsupportedError
+
+    try:
+        installed()
+    except UnsupportedError as error:
+        return error.message
+    return ""
 
 
 def _interpreter(triton: str) -> Finding:
@@ -105,11 +119,13 @@ def _gpu() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     import torch
 
-    gpu = torch.cuda.is_available() and _version("triton") is not None
+    gpu = torch.cuda.is_available() and not _no_kernels()
     yield Finding("backends", True, "triton (GPU), cpu, dense" if gpu else "cpu, dense")
 
 
 def _compile_check() -> Iterator[Finding]:
+    if _no_kernels():
+        return
     from attncc.backends.triton import aot
 
     missing = aot.missing_tools()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--value-dim", type=click.IntRange(1, 256), help="[default: as --head-dim]")
 @click.option("--backend", help="triton or gluon.  [default: as calls have it]")
 @click.option("--group", type=click.IntRange(min=1), default=1, help="Query heads a key head.")
+@click.option("--triton", help="Print for this version of Triton; compiles nothing, and needs -o.")
 @click.option(
     "-o",
     "--output",
@@ -40,31 +41,39 @@ def emit(
     value_dim: int | None,
     backend: str | None,
     group: int,
+    triton: str | None,
     output: Path | None,
 ) -> None:
     """Print FILE's kernels, compile them without a GPU, and report what they take."""
     from rich.console import Console
     from rich.progress import Progress
 
+    from attncc.backends.triton.versions import installed, supported
+
+    installed()  # or an UnsupportedError
     from attncc.backends.gluon.emit import compile_all, sources
     from attncc.backends.triton import aot
     from attncc.backends.triton.emit import Call
     from attncc.frontend import load
     from attncc.passes import analyze
 
+    if triton is not None and output is None:
+        raise click.UsageError("--triton only prints: say where to, with -o")
+    version = None if triton is None else supported(triton)
     plan = analyze(load(file, name))
     call = Call(dtype, head_dim, value_dim or head_dim, group)
     chosen = [aot.target(target) for target in targets or aot.TARGETS]
-    for target in chosen:  # what is wrong is told before the first kernel
-        sources(plan, call, target, backend)
+    # What is wrong is told before the first kernel is compiled.
+    texts = {t.name: sources(plan, call, t, backend, version) for t in chosen}
     rows: list[Row] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for target in progress.track(chosen, description="compiling"):
-            rows += compile_all(plan, call, target, asked=backend)
-    _table(rows)
+    if version is None:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for target in progress.track(chosen, description="compiling"):
+                rows += compile_all(plan, call, target, asked=backend)
+        _table(rows)
     if output is not None:
-        for target in chosen:
-            _write_sources(sources(plan, call, target, backend), output / target.name)
+        for directory, files in texts.items():
+            _write_sources(files, output / directory)
         _write_assembly(rows, output)
 
 

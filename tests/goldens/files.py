@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attncc import frontend
 from attncc.backends.triton import aot, emit
+from attncc.ir.plan import Plan
 from attncc.passes import analyze
 
 HERE = Path(__file__).parent
@@ -55,8 +56,12 @@ class Golden:
 
     def text(self) -> str:
         """The file as it is generated now."""
-        spec = emit.spec(analyze(self._parsed), "bf16", aot.target(self.target))
+        spec = emit.spec(self.plan, "bf16", aot.target(self.target))
         return emit.sources(spec)[f"{spec.name}_{self.kernel}"]
+
+    @property
+    def plan(self) -> Plan:
+        return analyze(self._parsed)
 
     @property
     def _parsed(self) -> frontend.Program:

@@ -565,6 +565,8 @@ NAMES = {
     "tma": SimpleNamespace(
         async_copy_global_to_shared=_bring,
         async_copy_shared_to_global=_take_away,
+        async_load=_bring,
+        async_store=_take_away,
         store_wait=_store_wait,
     ),
 }

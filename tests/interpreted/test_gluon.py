@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from attncc.backends.gluon.forward import forward_source
 from attncc.backends.triton import launch
 from attncc.backends.triton.configs import Config
 from attncc.backends.triton.launch import Run
+from attncc.backends.triton.versions import Version, installed
 from attncc.binding import Binding
 from attncc.frontend import parse
 from attncc.inputs import Lengths
@@ -37,12 +38,14 @@ class Schedule:
     out_in_q: bool = False
     q_stages: int = 2
     programs: int = 2
+    triton: Version = field(default_factory=installed)
 
     def forward(self, run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if run.bound.plan.blocks is Blocks.LISTS and self.consumers == 3:
             return replace(self, consumers=2).forward(run, q, k, v)
         config = Config(64 * self.consumers, self.block_n, 4 * self.consumers, self.stages)
         spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
+        spec = replace(spec, triton=self.triton)
         out = torch.full((*q.shape[:3], v.shape[-1]), torch.nan)
         lse, lse2 = (torch.full(q.shape[:3], torch.nan) for _ in range(2))
         values = launch.common(run, q, v)
@@ -64,7 +67,7 @@ class Schedule:
 
 SCHEDULES = [
     Schedule(),
-    Schedule(consumers=3, block_n=32, stages=3, programs=3),
+    Schedule(consumers=3, block_n=32, stages=3, programs=3, triton=(3, 9)),
     Schedule(out_in_q=True, q_stages=1, programs=1),
     Schedule(q_stages=1, stages=1, programs=4),
 ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from attncc.backends.triton.sections import IN_ORDER, File, header
 from attncc.backends.triton.text import GATHER, HELPERS, TANH_HALF, laid_out
+from attncc.backends.triton.versions import Version
 
 IMPORTS = """\
 from triton.experimental import gluon
@@ -19,6 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 """
+
+RENAMED: tuple[tuple[str, Version, str], ...] = (
+    ("gl.thread_barrier", (3, 7), "gl.barrier"),
+    ("tma.async_copy_global_to_shared", (3, 8), "tma.async_load"),
+    ("tma.async_copy_shared_to_global", (3, 8), "tma.async_store"),
+)
+"""What Triton 3.6 calls something, which is what printers write; since when it has a new name."""
 
 SIGMOID = '''
 @gluon.jit
@@ -41,11 +49,16 @@ def text(file: File, title: str, kernels: Sequence[str]) -> str:
         helpers.append(IN_ORDER)
     if "tl.sigmoid(" in used:
         helpers.append(SIGMOID)
-    functions = "\n\n".join(translated(part.strip() + "\n") for part in (*helpers, *parts))
+    triton = file.spec.triton
+    functions = "\n\n".join(translated(part.strip() + "\n", triton) for part in (*helpers, *parts))
     return laid_out(f"{header(file.spec, title)}{IMPORTS}\n\n{functions}")
 
 
-def translated(source: str) -> str:
-    """A function printed for Triton as Gluon has it; no other name of a file is `tl`."""
+def translated(source: str, triton: Version) -> str:
+    """A function printed for Triton as that version's Gluon has it; no other name is `tl`."""
     source = re.sub(r"\btl\.sigmoid\(", "sigmoid(", source)
-    return re.sub(r"\btl\.", "gl.", source).replace("@triton.jit", "@gluon.jit")
+    source = re.sub(r"\btl\.", "gl.", source).replace("@triton.jit", "@gluon.jit")
+    for name, since, new in RENAMED:
+        if triton >= since:
+            source = re.sub(rf"\b{re.escape(name)}\b", new, source)
+    return source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from triton.experimental.gluon import language as gl
 
@@ -13,6 +14,8 @@ from attncc.backends.gluon.forward import forward_source
 from attncc.backends.triton import aot, emit
 from attncc.backends.triton.configs import Config, Shape
 from attncc.backends.triton.emit import Arguments, Call, Row
+from attncc.backends.triton.sections import Spec
+from attncc.backends.triton.versions import Version
 from attncc.errors import ArgumentError, UnsupportedError, suggest
 from attncc.ir.plan import Plan
 
@@ -51,17 +54,25 @@ def unsupported(plan: Plan, call: Call, target: aot.Target) -> tuple[str, str]:
     return configs.unsupported(*given), backward
 
 
-def sources(plan: Plan, call: Call, target: aot.Target, asked: str | None = None) -> dict[str, str]:
+def sources(
+    plan: Plan,
+    call: Call,
+    target: aot.Target,
+    asked: str | None = None,
+    triton: Version | None = None,
+) -> dict[str, str]:
     """The text of each kernel file, by its name without the suffix; see `specialised`.
 
-    Where gluon is asked for, and has no such backward, there is none.
+    Where gluon is asked for, and has no such backward, there is none. triton: the version whose
+    names are printed, by default the installed one.
     """
     found = emit.spec(plan, call.dtype, target)
+    found = found if triton is None else replace(found, triton=triton)
     texts = emit.sources(found)
     forward, backward = specialised(plan, call, target, asked)
     own = {}
     if forward:
-        own[f"{found.name}_gluon_forward"] = _forward(plan, call, target)[0]
+        own[f"{found.name}_gluon_forward"] = _forward(found, call, target)[0]
     if backward:
         own[f"{found.name}_gluon_backward"] = backward_source(found)
     for file, mine in (("forward", forward), ("backward", backward)):
@@ -85,13 +96,12 @@ def compile_all(
             yield from emit.compile_all(plan, call, target, f"{name}_{file}")
 
 
-def _forward(plan: Plan, call: Call, target: aot.Target) -> tuple[str, Config, Shape]:
+def _forward(spec: Spec, call: Call, target: aot.Target) -> tuple[str, Config, Shape]:
     """The text of the forward, with its schedule."""
     columns = configs.columns(call.head_dim, call.value_dim)
     shape = Shape(*columns, emit.DTYPES[call.dtype], target.shared_limit)
-    config = configs.default(shape, plan)
+    config = configs.default(shape, spec.lowering.plan)
     out_in_q, _ = configs.spare(config, shape)
-    spec = emit.spec(plan, call.dtype, target)
     return forward_source(spec, config.block_m // configs.ROWS, out_in_q), config, shape
 
 
@@ -100,8 +110,8 @@ WARPS = 4
 
 
 def _compiled_forward(plan: Plan, call: Call, target: aot.Target) -> Row:
-    text, config, shape = _forward(plan, call, target)
     spec = emit.spec(plan, call.dtype, target)
+    text, config, shape = _forward(spec, call, target)
     module = cache.load_module(cache.write_source(f"{spec.name}_gluon_forward", text))
     tiles = {
         "q": (configs.ROWS, shape.block_d),

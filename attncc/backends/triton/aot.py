@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+from attncc.backends.triton.versions import OPTIONS
 from attncc.errors import ArgumentError, suggest
 
 ALIGNMENT = 16
@@ -86,10 +87,12 @@ class Compiled:
 
     def remarks(self) -> list[str]:
         """What ptxas says of a kernel for sm_90: that it waits for each wgmma by itself (C75..)."""
+        from triton.backends.nvidia.compiler import get_ptxas  # where Triton has NVIDIA's part
+
         with tempfile.NamedTemporaryFile(mode="w", suffix=".ptx") as file:
             file.write(self.assembly)
             file.flush()
-            command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name]
+            command = [get_ptxas(self.target.gpu.arch).path, "-v", "--gpu-name=sm_90a", file.name]
             command += ["-o", "/dev/null"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         return [line for line in done.stderr.splitlines() if "C75" in line]
@@ -150,7 +153,7 @@ def compile_for(
     found = triton.compile(
         source,
         target=target.gpu,
-        options={"num_warps": num_warps, "num_stages": num_stages, **options},
+        options={"num_warps": num_warps, "num_stages": num_stages, **OPTIONS, **options},
     )
     return _read_nvidia(found, target) if _is_nvidia(target) else _read_amd(found, target)
 

@@ -15,6 +15,7 @@ from attncc.backends.triton.arguments import Values, captured
 from attncc.backends.triton.classify import KEYS, QUERIES, Side, bounded
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.terms import Test, tile_test
+from attncc.backends.triton.versions import OPTIONS
 from attncc.binding import Binding
 from attncc.ir.expr import Axis, axes
 from attncc.ir.ops import Kind
@@ -134,7 +135,7 @@ class ListMaker:
     def _start(self, name: str, grid: tuple[int, ...], values: Values, warps: int) -> None:
         kernel = self.kernels[name]
         arguments = {name: values[name] for name in kernel.arguments}
-        kernel.function[grid](**arguments, num_warps=warps)
+        kernel.function[grid](**arguments, num_warps=warps, **OPTIONS)
 
     def _common(self) -> Values:
         """What every kernel may name; makes the summaries where they are not made yet."""

@@ -18,6 +18,7 @@ from attncc.backends.triton.arguments import Values
 from attncc.backends.triton.configs import Config
 from attncc.backends.triton.direct import Direct, direct
 from attncc.backends.triton.kernels import Kernel
+from attncc.backends.triton.versions import OPTIONS
 
 ALIGNMENT = 16
 """Bytes; what Triton compiles for, and a descriptor's rows need."""
@@ -74,7 +75,7 @@ def start(
         return None
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
     given = {name: values[name] for name in kernel.arguments}
-    compiled = kernel.function[grid](**given, **options)
+    compiled = kernel.function[grid](**given, **options, **OPTIONS)
     if not hasattr(compiled, "packed_metadata"):
         return None
     places = {name: at for at, name in enumerate(given)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from attncc.backends.triton.lower import Lowering, uses
 from attncc.backends.triton.text import (
@@ -20,6 +20,7 @@ from attncc.backends.triton.text import (
     indented,
     laid_out,
 )
+from attncc.backends.triton.versions import Version, installed
 from attncc.ir.expr import (
     SIZES,
     Axis,
@@ -50,6 +51,7 @@ class Spec:
     descriptors: tiles come through tensor descriptors (sm_90 and up), not pointers.
     wide:        integers of the mods need 64 bits.
     columns:     kv_idx is kv_lo + kv_column, of which the score is given both.
+    triton:      the version whose names are printed.
     """
 
     lowering: Lowering
@@ -58,6 +60,7 @@ class Spec:
     descriptors: bool
     wide: bool = False
     columns: bool = False
+    triton: Version = field(default_factory=installed)
 
     @property
     def params(self) -> Params:

@@ -2,25 +2,17 @@
 
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-import triton
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-
 import attncc
-from attncc import cache
-from attncc.backends.gluon import configs, launch
-from attncc.backends.gluon.forward import forward_source
-from attncc.backends.triton import aot, emit
+from attncc.backends.gluon import configs, emit, launch
+from attncc.backends.triton import aot
 from attncc.backends.triton.configs import Config, Shape
-from attncc.backends.triton.lower import lower
-from attncc.backends.triton.sections import Spec
+from attncc.backends.triton.emit import Call
 from attncc.errors import UnsupportedError
 from attncc.frontend import parse
 from attncc.ir.plan import Plan
@@ -37,36 +29,9 @@ def plan_of(name: str) -> Plan:
 
 
 def compiled(plan: Plan, dim: int) -> tuple[aot.Compiled, Config]:
-    shape = Shape(dim, dim, 2)
-    config = configs.default(shape, plan)
-    out_in_q, q_stages = configs.spare(config, shape)
-    spec = Spec(lower(plan), half=True, ptx=True, descriptors=True)
-    text = forward_source(spec, config.block_m // configs.ROWS, out_in_q)
-    kernel = cache.load_module(cache.write_source("gluon_test", text)).forward
-    call = emit.Call("bf16", dim, dim)
-    constants: dict[str, Any] = emit._constants(call, config) | emit._unit_strides(spec)
-    constants |= {"STAGES": config.num_stages, "Q_STAGES": q_stages}
-    constants |= {"CONSUMERS": config.block_m // 64, "REGISTERS": configs.registers(config)}
-    types = emit._signature(spec, call, config) | {
-        "works": "i32",
-        "nought": "i32",
-        "counter_ptr": "*i32",
-    }
-    for name, rows in (("q", 64), ("k", config.block_n), ("v", config.block_n), ("out", 64)):
-        block = [1, 1, rows, dim]
-        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-        types[f"{name}_desc"] = f"tensordesc<bf16{block},{layout!r}>"
-    names = kernel.arg_names
-    aligned = [n for n in names if n.endswith("_ptr")]
-    source = GluonASTSource(
-        kernel,
-        {n: "constexpr" if n in constants else types[n] for n in names},
-        {n: constants[n] for n in names if n in constants},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-    )
-    target = aot.TARGETS["sm_90"]
-    found = triton.compile(source, target=target.gpu, options={"num_warps": 4})
-    return aot._read_nvidia(found, target), config
+    call = Call("bf16", dim, dim)
+    (row,) = emit.compile_all(plan, call, aot.target("sm_90"), "gluon_forward")
+    return row.compiled, row.config
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from attncc.backends.triton.configs import padded
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.launch import Run
 from attncc.backends.triton.prepared import Prepared
+from attncc.backends.triton.versions import OPTIONS
 
 STREAM = 7
 
@@ -45,7 +46,8 @@ class Function:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
         def launched(**arguments: Any) -> Compiled:
-            options = {"num_warps", "num_stages"}
+            assert OPTIONS.items() <= arguments.items()
+            options = {"num_warps", "num_stages", *OPTIONS}
             given = {n: x for n, x in arguments.items() if n not in options}
             assert tuple(given) == self.compiled.names
             x, y, z = (*grid, 1, 1)[:3]
