@@ -73,29 +73,36 @@ def columns(dim: int, value_dim: int) -> tuple[int, int]:
     return padded, padded_value
 
 
-def default(shape: Shape, plan: Plan) -> Config:
+def default(shape: Shape, plan: Plan, kv_len: int = 0) -> Config:
     """The forward's schedule; num_warps are those that consume, num_stages the rings' slots.
 
     Measured on an H100 with Triton 3.6, TFLOP/s over kept pairs, beside the next best: D 256, full
-    767; D 128, full 688, documents of 683 tokens 325 (128 keys: 273); D 64, full 520 (two
-    consumers: 420).
+    796; D 128, full 728, relative bias 508 (64 keys: 428), documents of 683 tokens 360 (128 keys:
+    336), of 2730 tokens 665 (64 keys: 582); D 64, full 581 (two consumers: 420), ALiBi 412 (three
+    consumers: 373).
     """
     if shape.widest > 128:
         return Config(128, 64, 8, 2)
     if shape.widest > 64:
-        return Config(128, 64, 8, 3) if plan.searches or _is_costly(plan) else WIDE
-    # The kernels that list tiles know powers of two only.
-    return Config(192, 128, 12, 2) if plan.blocks is Blocks.RANGES else Config(128, 128, 8, 3)
+        short = bool(plan.searches) and kv_len < LONG
+        return Config(128, 64, 8, 3) if short or _is_costly(plan) else WIDE
+    # The kernels that list tiles know powers of two only; terms of keys spill with three consumers.
+    three = plan.blocks is Blocks.RANGES and not axes(plan.score) & PAIR
+    return Config(192, 128, 12, 2) if three else Config(128, 128, 8, 3)
 
 
 WIDE = Config(128, 128, 8, 2)
+LONG = 16384
+"""Keys from which searched rows, documents as a rule, are taken to be long enough for WIDE."""
+
+PAIR = Axis.Q | Axis.KV
 
 
 def _is_costly(plan: Plan) -> bool:
-    """Whether pairs read tensors or divide, for which tiles of 128 keys would spill."""
-    pair = Axis.Q | Axis.KV
-    nodes = (n for e in (plan.score, plan.mask) for n in walk(e) if axes(n) & pair == pair)
-    return any(isinstance(n, Load) or getattr(n, "op", None) in DIVISIONS for n in nodes)
+    """Whether masks read tensors by pairs, or pairs divide: for 128 keys those would spill."""
+    reads = any(isinstance(n, Load) and axes(n) & PAIR == PAIR for n in walk(plan.mask))
+    nodes = (n for e in (plan.score, plan.mask) for n in walk(e) if axes(n) & PAIR == PAIR)
+    return reads or any(getattr(n, "op", None) in DIVISIONS for n in nodes)
 
 
 def constexprs(config: Config, shape: Shape) -> dict[str, int]:

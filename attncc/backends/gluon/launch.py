@@ -58,7 +58,7 @@ def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
     dims = configs.columns(q.shape[-1], v.shape[-1])
     shape = Shape(*dims, q.element_size())
-    config = configs.default(shape, run.bound.plan)
+    config = configs.default(shape, run.bound.plan, k.shape[2])
     if run.configs and "gluon_forward" in run.configs:
         config = run.configs["gluon_forward"]
     values = launch.common(run, q, v)

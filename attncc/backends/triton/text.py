@@ -28,7 +28,7 @@ from attncc.ir.expr import (
     kind,
 )
 from attncc.ir.ops import Kind, Op
-from attncc.passes.fold_scale import SCALE
+from attncc.passes.fold_scale import SCALE, uniform
 from attncc.passes.signs import nonnegative, positive
 
 WIDTH = 100
@@ -403,6 +403,8 @@ class _Body:
         op, args = expr.op, expr.args
         if special := _SPECIAL.get(op):
             return special(self, expr)
+        if op is ops.MUL and expr.kind is Kind.FLOAT and (text := self._multiplied(expr)):
+            return text, P_SUM
         if op in _INFIX:
             symbol, own = _INFIX[op]
             # Comparisons do not chain here, so both sides must bind tighter.
@@ -428,16 +430,26 @@ class _Body:
     def _as_float(self, arg: Expr) -> str:
         if isinstance(arg, Const):
             return repr(float(arg.value))
-        apart = {part: sign for sign, part in _apart(arg)} if self.columns else {}
-        if KV_IDX in apart and isinstance(arg, Apply):
-            return self._sum_as_float(arg, apart[KV_IDX])
+        if parts := self._columns_apart(arg):
+            return self._name(None, " ".join(parts))
         return f"{atom(self._at(arg, P_ATOM))}.to(tl.float32)"
 
-    def _sum_as_float(self, arg: Expr, sign: str) -> str:
-        """A sum with kv_idx: what a tile's keys have in common, and the constant rest."""
-        start = self._at(_replaced(arg, KV_IDX, KV_LO), P_ATOM)
-        text = f"{atom(start)}.to(tl.float32) {sign} kv_column.to(tl.float32)"
-        return self._name(None, text)
+    def _columns_apart(self, arg: Expr) -> tuple[str, str, str] | None:
+        """A sum with kv_idx as floats: what a tile's keys have in common, sign, constant rest."""
+        signs = {part: sign for sign, part in _apart(arg)} if self.columns else {}
+        if KV_IDX not in signs or not isinstance(arg, Apply):
+            return None
+        start = atom(self._at(_replaced(arg, KV_IDX, KV_LO), P_ATOM))
+        return f"{start}.to(tl.float32)", signs[KV_IDX], "kv_column.to(tl.float32)"
+
+    def _multiplied(self, expr: Apply) -> str | None:
+        """Such a sum times one number for the tile, which is one instruction a key."""
+        for x, y in (expr.args, expr.args[::-1]):
+            if kind(x) is Kind.INT and uniform(y) and (parts := self._columns_apart(x)):
+                start, sign, rest = parts
+                factor = self._number(expr, y, P_TERM + 1)
+                return f"{start} * {factor} {sign} {rest} * {factor}"
+        return None
 
     def _floordiv(self, expr: Apply) -> tuple[str, int]:
         x, y = expr.args
