@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
+from attncc.ir import ops
 from attncc.ir.expr import Apply, Expr, apply, children, rebuild
 from attncc.ir.ops import Op
 
@@ -62,3 +63,16 @@ class Rewriter:
         # The pair keeps the node alive, so that its id stays its own.
         self.done[id(node)] = (node, result)
         self.done[id(result)] = (result, result)
+
+
+def signed_terms(expr: Expr, sign: str = "+") -> Iterator[tuple[str, Expr]]:
+    """What a sum adds and subtracts."""
+    other = "-" if sign == "+" else "+"
+    match expr:
+        case Apply(ops.ADD | ops.SUB as op, (x, y)):
+            yield from signed_terms(x, sign)
+            yield from signed_terms(y, sign if op is ops.ADD else other)
+        case Apply(ops.NEG, (x,)):
+            yield from signed_terms(x, other)
+        case _:
+            yield sign, expr

@@ -456,6 +456,11 @@ def _common(x: Any, y: Any) -> Any:
 
 def _add_by_fours(to: Pointer, x: Value) -> Value:
     """Adds a thread's four numbers, of two columns and rows 8 apart, from their one pointer on."""
+    if x.data.ndim == 1:  # four neighbors
+        number = np.arange(x.data.size)
+        first = to.at[number // 4 * 4]
+        assert np.all(first % 4 == 0), "out of line"
+        return Pointer(to.array, first + number % 4).add(x)
     row, column = np.indices(x.data.shape)
     first = to.at[row - row % 16 // 8 * 8, column - column % 2]
     assert np.array_equal(to.at, first), "four numbers of a thread go to one place"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attncc
+from attncc.backends.gluon import configs as configs_of
 from attncc.backends.gluon import launch_backward
 from attncc.backends.triton import launch
 from attncc.backends.triton.configs import Config
@@ -99,6 +100,37 @@ def test_more_queries_than_keys_after_a_forward_of_their_kind(name: str) -> None
     program = programs()[name]
     binding = bind(program, Lengths(1, 2, 2, 290, 140, 128))
     compare(program, binding, value_dim=24, forward=Schedule(block_n=64).forward)
+
+
+DISTANCES = {
+    "each head's": ("t: float[heads, 700] grad", "score + t[h, q_idx - kv_idx + kv_len]"),
+    "all heads'": ("t: float[700] grad", "score + t[abs(kv_idx - q_idx)]"),
+    "each sequence's": ("t: float[batch, 700] grad", "score * t[b, kv_idx + 3 - q_idx + q_len]"),
+    "buckets": ("t: float[heads, 700] grad", "score + t[h, min((abs(q_idx - kv_idx) + 2) // 5, 9)]"),
+    "twice": (
+        "t: float[heads, 700] grad",
+        "score + t[h, q_idx - kv_idx + kv_len] * t[h, max(q_idx - kv_idx, 0)]",
+    ),
+}
+
+
+@pytest.mark.parametrize("mask", ["true", "q_idx >= kv_idx", "kv_idx % 3 != 0"])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_gradients_by_distance_equal_dense(name: str, mask: str) -> None:
+    param, score = DISTANCES[name]
+    (program,) = parse(f"attention a({param}):\n    mask = {mask}\n    score = {score}\n")
+    assert not configs_of.backward_unsupported(analyze(program), "bfloat16", 64, 64, False)
+    for value_dim in (16, 72):
+        binding = bind(program, Lengths(2, 4, 2, 150, 290, 16))
+        compare(program, binding, value_dim)
+
+
+def test_gradients_of_other_places_are_left_to_triton() -> None:
+    for at in ("q_idx", "kv_idx", "q_idx + kv_idx", "q_idx - 2 * kv_idx + kv_len * 2"):
+        text = f"attention a(t: float[700] grad):\n    score = score + t[{at}]\n"
+        plan = analyze(*parse(text))
+        reason = configs_of.backward_unsupported(plan, "bfloat16", 64, 64, False)
+        assert "by distance" in reason
 
 
 @settings(max_examples=max(25, settings.default.max_examples // 4))

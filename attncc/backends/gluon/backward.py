@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from attncc.backends.gluon import dialect
+from attncc.backends.gluon import diagonals, dialect
 from attncc.backends.gluon.forward import masked
 from attncc.backends.gluon.hoist import Value
 from attncc.backends.gluon.hoist_keys import beside, hoisted_keys
@@ -41,6 +41,7 @@ from attncc.backends.triton.sections import (
 from attncc.backends.triton.text import indented
 from attncc.ir.expr import KV_LAST, KV_LO, Axis, Expr, Load, axes, children
 from attncc.ir.plan import Blocks, Order
+from attncc.passes.fold_scale import ONE
 
 NAMES = "backward", "round_dq"
 """The kernels of a file; one with a softmax begins with `delta`, and others with `clear`."""
@@ -188,7 +189,8 @@ class _Backward:
         # Without turns: sums of dq that many programs add to at once stay in the L2.
         self.loop = loop(self.plain, "kv", "q", "BLOCK_M", spread=False)
         own = {v.name for v in self.spec.values}
-        self.gradients = [f"{name}_ptr" for _, name, _, _ in self.mods.gradients]
+        self.gradients = [a for n in self._distances() for a in diagonals.arguments(n)]
+        self.gradients += [f"{name}_ptr" for _, name, _, _ in self.mods.gradients]
         self.gradients += [a for a in pair_args(self.mods) if a not in self.gradients]
         known = (*self.mods.extra, *self.gradients, *LAST, *self.loop.extra)
         known += ("dq_sum_ptr", "nought", "heavy")
@@ -206,6 +208,10 @@ class _Backward:
         when they have the same number of blocks of each head.
         """
 
+    def _distances(self) -> list[str]:
+        """Gradients that are summed along diagonals."""
+        return [name for g, name, _, _ in self.mods.gradients if g.by_distance]
+
     def _is_shared(self) -> bool:
         plan = self.spec.lowering.plan
         exprs = [value.expr for value in self.keys]
@@ -220,8 +226,10 @@ class _Backward:
         return not (varies or list(self.mods.sums("kv")))
 
     def text(self) -> str:
-        if self.mods.pairs():
+        if any(not gradient.by_distance for gradient, *_ in self.mods.pairs()):
             self.file.functions.append(Function("add_pairs", (), (), ADD_PAIRS.lstrip()))
+        if self._distances():
+            self.functions.insert(1, Function("", (), (), diagonals.FUNCTIONS))
         tiles = _Tiles(self)
         consume = self._consume(tiles, self._fold())
         kernels = [self._begin(), self._kernel(consume, self._produce(tiles)), self._round()]
@@ -276,7 +284,8 @@ dk = warpgroup_mma_wait(0, deps=(dk,))
 mbarrier.arrive(my_done.index(slot))
 return {state}'''
         args = [*self.state, "step", "tile_before", *LINES, *SIGNS]
-        args += ["columns", "b", "h", "kv_head", "q_tile", *(v.name for v in self.keys)]
+        args += ["columns", "first_diagonal", "b", "h", "kv_head", "q_tile"]
+        args += [v.name for v in self.keys]
         return self.define("fold", [*args, *self.known], body)
 
     def _ahead(self, after: str) -> str:
@@ -343,7 +352,8 @@ mbarrier.wait(its_done.index(after), (((step + 1) // STAGES) & 1) ^ 1)
 dp = warpgroup_mma_wait(0, deps=(dp,))
 """
         text += ds_lines(spec, "[None, :]")
-        text += sum_lines(mods, "kv", q, kv) + self._rows(q, kv) + pair_lines(mods, q, kv)
+        text += sum_lines(mods, "kv", q, kv) + self._rows(q, kv)
+        text += self._diagonals(q, kv) + pair_lines(mods, q, kv, by_distance=False)
         text += "" if early else slope_lines(mods, q, kv)
         return f"""\
 {text}\
@@ -371,11 +381,27 @@ tl.atomic_add({name}_at, tl.sum({name}_ds, 0), mask=rows < q_len, sem="relaxed")
 """
         return text
 
+    def _diagonals(self, q: str, kv: str) -> str:
+        """Lines that add gradients by distance."""
+        text = ""
+        for gradient, name, factor, _ in self.mods.gradients:
+            if not gradient.by_distance:
+                continue
+            if gradient.factor == ONE and self.softmax:  # weights of masked pairs are 0
+                text += f"{name}_ds = ds\n"
+            else:
+                text += f"{name}_ds = ds * {factor.call('qk', 'scale', 'b', 'h', q, kv)}\n"
+                text += f"if MASKED:\n    {name}_ds = tl.where(keep, {name}_ds, 0.0)\n"
+            text += diagonals.lines(name)
+        return text
+
     # -- partitions
 
     def _consume(self, tiles: _Tiles, fold: Function) -> Function:
         sums = [name for name, _ in self.mods.sums("kv")]
         each = f"{tiles.found}\n"
+        if self._distances():
+            each = f"{diagonals.FIRST}{each}"
         if self.read_keys:
             each += "kv_idx = columns\n"
             each += _lines(positions(self.plain, Axis.KV, "kv_idx", "kv_len", keys=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attncc.backends.gluon.hoist import DIVISIONS
 from attncc.backends.triton.configs import Config, Shape
+from attncc.backends.triton.lower import lower
 from attncc.ir.expr import Axis, Load, axes, walk
 from attncc.ir.plan import Blocks, Plan
 
@@ -38,8 +39,8 @@ def backward_unsupported(
         return f"its gradients' rows are multiples of 16 bytes, and q has {dim} columns"
     if max(dim, value_dim) > BACKWARD_DIMS[-1]:
         return f"its backward has no kernel for head dims above {BACKWARD_DIMS[-1]}"
-    if any(tensor.grad for tensor in plan.program.tensors):
-        return "its backward spills where captured tensors have gradients"
+    if not all(gradient.by_distance for gradient in lower(plan).gradients):
+        return "its backward spills where captured tensors have gradients, but by distance"
     if deterministic:
         return "its backward adds to dq in the order that programs come"
     return ""
@@ -56,8 +57,11 @@ def backward(columns: int) -> Config:
     Measured on an H100 with Triton 3.6, D 128: full 653 TFLOP/s, causal 594; with three stages
     608 and 551.
     """
-    return Config(BACKWARD_PAIRS // columns, 128, 8, 2)
+    return Config(BACKWARD_PAIRS // columns, BACKWARD_KEYS, 8, 2)
 
+
+BACKWARD_KEYS = 128
+"""Of a program, 64 a warpgroup."""
 
 BACKWARD_PAIRS = 8192
 """Numbers of a block of queries, [128, 64] or [64, 128]."""

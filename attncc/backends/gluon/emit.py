@@ -143,6 +143,8 @@ def _compiled_backward(plan: Plan, call: Call, target: aot.Target) -> Iterator[R
         types[f"{name}_desc"] = f"tensordesc<fp32[{config.block_m}],{line!r}>"
         types[f"{name}_ptr"] = "*fp32"
     types |= {"dq_sum_ptr": "*fp32", "nought": "i32", "heavy": "i32"}
+    for at, _ in enumerate(spec.lowering.gradients):
+        types |= {f"grad_{at}_stride_{of}": "i32" for of in "bh"}
     constants = configs.backward_constexprs(config, dim)
     known = Arguments.of(spec, call, config)
     arguments = Arguments(known.types | types, known.constants | constants)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncc.backends.gluon import configs
+from attncc.backends.gluon import configs, diagonals
 from attncc.backends.gluon import launch as launch_forward
 from attncc.backends.gluon.backward import NAMES, backward_source
 from attncc.backends.gluon.launch import described
@@ -18,6 +18,7 @@ from attncc.backends.triton.arguments import Values
 from attncc.backends.triton.configs import Config
 from attncc.backends.triton.kernels import Kernel, load
 from attncc.backends.triton.launch import Gradients, Run, strided
+from attncc.backends.triton.lower import Gradient
 from attncc.backends.triton.prepared import Prepared, again, layout, start, stream_of
 from attncc.backends.triton.sections import Spec
 from attncc.ir.expr import Axis
@@ -91,7 +92,7 @@ class _Backward:
         if lowering.softmax:
             begin, rows = "delta", lse2.new_empty(self.padded)
             tensors |= {"lse_rows": rows, "delta_rows": torch.empty_like(rows)}
-        buffers = gradients.buffers(self.run, lowering, lse2) if lowering.gradients else {}
+        buffers = self._buffers(lse2) if lowering.gradients else {}
         tensors |= buffers
         stream = stream_of(q)
         for name, first in (
@@ -100,11 +101,36 @@ class _Backward:
             ("round_dq", lambda: self._first_of_blocks("round_dq", tensors)),
         ):
             again(self.ready, name, tensors, stream, first)
-        captured = gradients.collected(self.run, lowering, buffers) if buffers else {}
+        captured = self._captured(buffers) if buffers else {}
         if lowering.sink is not None:
             delta = tensors["delta_rows"][..., : self.q_len]
             gradients.add_sink(self.run, captured, lse2, delta)
         return Gradients(dq, dk, dv, captured)
+
+    @property
+    def _by_distance(self) -> dict[str, Gradient]:
+        found = enumerate(self.lowering.gradients)
+        return {f"grad_{at}": gradient for at, gradient in found if gradient.by_distance}
+
+    def _buffers(self, lse2: Tensor) -> dict[str, Tensor]:
+        """What the kernel adds gradients of captured tensors to."""
+        run, binding = self.run, self.run.bound.binding
+        found = enumerate(self.lowering.gradients)
+        without = [at for at, gradient in found if gradient.by_distance]
+        made = gradients.buffers(run, self.lowering, lse2, without)
+        for name, gradient in self._by_distance.items():
+            made[name] = diagonals.buffer(gradient, binding, self.rows, lse2)
+        return made
+
+    def _captured(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        run, binding, ours = self.run, self.run.bound.binding, self._by_distance
+        rest = {name: x for name, x in buffers.items() if name not in ours}
+        total = gradients.collected(run, self.lowering, rest)
+        for name, gradient in ours.items():
+            of = gradient.load.tensor.name
+            found = diagonals.collected(gradient, buffers[name], binding, binding.tensors[of])
+            total[of] = total[of] + found if of in total else found
+        return total
 
     @property
     def _kernels(self) -> dict[str, Kernel]:
@@ -118,8 +144,15 @@ class _Backward:
         values = launch.common(self.run, tensors["q"], tensors["v"])
         for name in ("out", "dout", "dq"):
             strided(values, name, tensors[name])
-        buffers = {name: x for name, x in tensors.items() if name.startswith("grad_")}
-        values |= gradients.arguments(self.run, self.lowering, buffers)
+        ours = self._by_distance
+        sums = {name: x for name, x in tensors.items() if name.startswith("grad_")}
+        rest = {name: x for name, x in sums.items() if name not in ours}
+        values |= gradients.arguments(self.run, self.lowering, rest)
+        for name in ours:
+            values[f"{name}_ptr"] = sums[name]
+            for axis, letter in enumerate("bh"):
+                stride = sums[name].stride(axis) if sums[name].shape[axis] > 1 else 0
+                values[f"{name}_stride_{letter}"] = stride
         names = ("lse2", "dlse", "dq_sum", "lse_rows", "delta_rows")
         values |= {f"{name}_ptr": tensors[name] for name in names if name in tensors}
         values |= {"HAS_DLSE": self.has_dlse, "BLOCK_D": self.dim, "BLOCK_M": self.rows}

@@ -219,9 +219,12 @@ def sum_lines(mods: BackwardMods, side: str, q: str, kv: str) -> str:
     return lines
 
 
-def pair_lines(mods: BackwardMods, q: str, kv: str) -> str:
+def pair_lines(mods: BackwardMods, q: str, kv: str, *, by_distance: bool = True) -> str:
+    """Lines that add pair by pair; by_distance: also what could be added along diagonals."""
     lines = ""
     for gradient, name, factor, index in mods.pairs():
+        if not by_distance and gradient.by_distance:
+            continue
         value = factor.call("qk", "scale", "b", "h", q, kv)
         at = [f"{name}_at_{i}" for i in range(len(gradient.load.at))]
         steps = "".join(f" + {axis} * {name}_stride_{i}" for i, axis in enumerate(at))

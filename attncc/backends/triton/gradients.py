@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +22,18 @@ UNITS = 2.0**40
 """Fixed point of deterministic pair gradients: how many units the largest magnitude is."""
 
 
-def buffers(run: Run, lowering: Lowering, lse: Tensor) -> dict[str, Tensor]:
-    """What kernels add to, cleared: grad_<n>, and for pairs grad_<n>_top, the largest magnitude."""
+def buffers(
+    run: Run, lowering: Lowering, lse: Tensor, without: Collection[int] = ()
+) -> dict[str, Tensor]:
+    """What kernels add to, cleared: grad_<n>, and for pairs grad_<n>_top, the largest magnitude.
+
+    without: numbers of gradients that are summed otherwise.
+    """
     binding = run.bound.binding
     made: dict[str, Tensor] = {}
     for at, gradient in enumerate(lowering.gradients):
+        if at in without:
+            continue
         match gradient.reduction:
             case Reduction.ROW:
                 made[f"grad_{at}"] = torch.zeros_like(lse)
@@ -45,7 +52,7 @@ def arguments(run: Run, lowering: Lowering, made: Mapping[str, Tensor]) -> Value
     values: Values = {f"{name}_ptr": x for name, x in made.items()}
     values["FIXED_POINT"] = 2 if run.deterministic else 0
     for at, gradient in enumerate(lowering.gradients):
-        if is_pair(gradient):
+        if is_pair(gradient) and f"grad_{at}" in made:
             for axis, stride in enumerate(made[f"grad_{at}"].stride()):
                 values[f"grad_{at}_stride_{axis}"] = stride
     return values
@@ -60,6 +67,8 @@ def collected(run: Run, lowering: Lowering, made: Mapping[str, Tensor]) -> dict[
     """Each captured tensor's gradient, summed over the places that read it."""
     total: dict[str, Tensor] = {}
     for at, gradient in enumerate(lowering.gradients):
+        if f"grad_{at}" not in made:
+            continue
         name, buffer = gradient.load.tensor.name, made[f"grad_{at}"]
         data = run.bound.binding.tensors[name]
         if not is_pair(gradient):

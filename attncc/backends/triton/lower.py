@@ -34,7 +34,7 @@ from attncc.ir.expr import (
 )
 from attncc.ir.plan import Blocks, Plan, Ranges
 from attncc.ir.program import Normalize
-from attncc.ir.rewrite import Rewriter, postorder
+from attncc.ir.rewrite import Rewriter, postorder, signed_terms
 from attncc.passes.fold_scale import ONE, SCALE, in_log2_units, in_raw_units, products
 from attncc.passes.simplify import RULES
 
@@ -57,6 +57,11 @@ class Gradient:
     load: Load
     factor: Expr
     reduction: Reduction
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether pairs of one distance, q_idx - kv_idx, read one element of a head."""
+        return self.reduction is Reduction.PAIR and all(map(_by_distance, self.load.at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,20 @@ def _gradients(score: Expr) -> Iterable[Gradient]:
         factor = in_raw_units(derivative(score, load))
         if factor != Const(0.0):
             yield Gradient(load, factor, _reduction(load))
+
+
+def _by_distance(index: Expr) -> bool:
+    """Whether positions enter an index as q_idx - kv_idx alone."""
+    terms = list(signed_terms(index))
+    for pair in ((("+", Q_IDX), ("-", KV_IDX)), (("-", Q_IDX), ("+", KV_IDX))):
+        if all(term in terms for term in pair):
+            for term in pair:
+                terms.remove(term)
+    if len(terms) > 1 or not terms or terms[0] != ("+", index):
+        return all(_by_distance(term) for _, term in terms)
+    if isinstance(index, Index):
+        return not index.axes & (Axis.Q | Axis.KV)
+    return all(map(_by_distance, children(index)))
 
 
 def _reduction(load: Load) -> Reduction:

@@ -6,7 +6,7 @@ import keyword
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import assert_never
 
 from attncc.ir import ops
@@ -28,6 +28,7 @@ from attncc.ir.expr import (
     kind,
 )
 from attncc.ir.ops import Kind, Op
+from attncc.ir.rewrite import signed_terms
 from attncc.passes.fold_scale import SCALE, uniform
 from attncc.passes.signs import nonnegative, positive
 
@@ -553,7 +554,7 @@ def _reached(outputs: Iterable[Expr]) -> frozenset[Expr]:
 def _apart(index: Expr) -> tuple[tuple[str, Expr], ...]:
     """Signed sums that make up an index, of the query alone and of the key alone; else none."""
     found: dict[Axis, tuple[str, Expr]] = {}
-    for sign, term in _terms(index):
+    for sign, term in signed_terms(index):
         side = axes(term) & Axis.KV
         if side and axes(term) & Axis.Q:
             return ()
@@ -574,19 +575,6 @@ def _replaced(expr: Expr, old: Expr, new: Expr) -> Expr:
             return Apply(op, tuple(_replaced(arg, old, new) for arg in args))
         case _:
             return expr
-
-
-def _terms(expr: Expr, sign: str = "+") -> Iterator[tuple[str, Expr]]:
-    """What is added and subtracted."""
-    other = "-" if sign == "+" else "+"
-    match expr:
-        case Apply(ops.ADD | ops.SUB as op, (x, y)):
-            yield from _terms(x, sign)
-            yield from _terms(y, sign if op is ops.ADD else other)
-        case Apply(ops.NEG, (x,)):
-            yield from _terms(x, other)
-        case _:
-            yield sign, expr
 
 
 def atom(text: str) -> str:
