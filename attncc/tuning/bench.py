@@ -20,6 +20,7 @@ from attncc.backends.triton import configs, launch
 from attncc.backends.triton.configs import Config, Shape, Traits
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.launch import Run
+from attncc.backends.triton.prepared import Prepared, again, start, stream_of
 from attncc.backends.triton.sections import Spec
 from attncc.numeric import index_bits
 from attncc.tiles import BoundPlan
@@ -50,19 +51,36 @@ SUMMED = re.compile(r"(grad_\d+)_ptr")
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel that a call was about to start."""
+    """One kernel that a call was about to start; config: its warps and stages, if given."""
 
     name: str
-    function: Any
+    kernel: Kernel
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
+    config: Config | None
+    ready: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def start(self) -> None:
-        self.function[self.grid](**self.arguments)
+        """As calls do; Triton's own launch takes longer than a short kernel, so it is the first."""
+        tensors = self._tensors
+        stream = stream_of(next(iter(tensors.values())))
+        again(self.ready, self.name, tensors, stream, lambda: self._first(tensors))
+
+    def _first(self, tensors: Mapping[str, Tensor]) -> Prepared | None:
+        return start(self.kernel, self.grid, dict(self.arguments), tensors, self.config)
 
     def compile(self) -> None:
         """Into Triton's caches, without running."""
-        self.function.warmup(grid=self.grid, **self.arguments)
+        config = self.config
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
+        self.kernel.function.warmup(grid=self.grid, **self.arguments, **options)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that are arguments, by the names that `prepared.start` knows them by."""
+        names = [n.rpartition("_")[0] for n in self.arguments if n.endswith(("_ptr", "_desc"))]
+        named = {name: self.tensor(name) for name in names}
+        return {name: x for name, x in named.items() if x is not None}
 
     def tensor(self, name: str) -> Tensor | None:
         """The tensor that is an argument by its address or by a descriptor."""
@@ -115,14 +133,17 @@ class Recorder:
     """Stands for a jitted function: its launches are kept, and not started."""
 
     name: str
-    function: Any
+    kernel: Kernel
     parts: list[Part]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._keep, grid)
 
     def _keep(self, grid: tuple[int, ...], **arguments: Any) -> None:
-        self.parts.append(Part(self.name, self.function, grid, arguments))
+        given = {name: arguments[name] for name in self.kernel.arguments}
+        options = "num_warps" in arguments
+        config = Config(1, 1, arguments["num_warps"], arguments["num_stages"]) if options else None
+        self.parts.append(Part(self.name, self.kernel, grid, given, config))
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,7 @@ class Recording(Run):
         self, spec: Spec, load: Callable[..., dict[str, Kernel]], *more: Hashable
     ) -> dict[str, Kernel]:
         return {
-            name: Kernel(Recorder(name, kernel.function, self.parts), kernel.arguments)
+            name: Kernel(Recorder(name, kernel, self.parts), kernel.arguments)
             for name, kernel in load(spec, *more).items()
         }
 

@@ -4,13 +4,17 @@ import pytest
 import torch
 
 import attncc
+from attncc.backends.gluon import configs as gluon
+from attncc.backends.gluon.launch import schedule
 from attncc.backends.triton import configs, schedules
 from attncc.backends.triton.configs import KERNELS, Config
+from attncc.backends.triton.launch import Run
 from attncc.errors import UnsupportedError
 from attncc.settings import settings
 from attncc.tuning import search, trials
 from attncc.tuning.search import Tuned
 from attncc.tuning.trials import Failed, Worker
+from tests.interpreted.simulated import simulated
 
 WINDOW = """
 attention window(width: int, bias: float[H] grad):
@@ -75,6 +79,24 @@ def test_winners_are_right_kept_and_used(call, monkeypatch):
         assert schedules.config_of(record) == won[kernel]
     out = attention(*inputs, backend="triton", **params)
     torch.testing.assert_close(out, attention.reference(*inputs, **params), atol=1e-5, rtol=1e-5)
+
+
+def test_warp_specialised_kernels_are_tuned_where_a_call_runs_them(call, monkeypatch):
+    inputs, _ = call
+    monkeypatch.setattr(Worker, "module", "tests.interpreted.simulated")
+    heads = Config(128, 128, 8, 2, heads=1)
+    given = {"gluon_forward": [Config(192, 64, 12, 3), heads], "gluon_backward": []}
+    monkeypatch.setattr(gluon, "candidates", lambda kernel, *_: given[kernel])
+    attention = attncc.compile("attention near():\n    mask = abs(q_idx - kv_idx) < 30")
+    with simulated():
+        found = attention.tune(*inputs)
+        assert [choice.kernel for choice in found.choices] == list(gluon.KERNELS)
+        assert [choice.timed for choice in found.choices] == [3, 1]
+        assert not any(choice.failed or choice.wrong for choice in found.choices)
+        bound = attention.plan(*inputs)
+        for choice in found.choices:
+            best = schedule(Run(bound, 1.0), choice.kernel, inputs[0], inputs[2])
+            assert best == choice.config
 
 
 def test_schedules_that_hang_die_or_are_wrong_cost_only_themselves(call, flawed, monkeypatch):
