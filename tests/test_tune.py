@@ -224,26 +224,24 @@ class Compilation:
 
 
 def finished(compilations, seconds):
-    """Numbers of those that are compiled, as a child does it."""
+    """Numbers of those that were compiled, and what failed, as a child tells it."""
     known = object.__new__(trials.Trials)
     known.device, known.seconds = torch.device("cpu"), seconds
-    known._or_none = lambda kernel, config: compilations[config.num_stages - 1]
+    known._launch = lambda kernel, config: compilations[config.num_stages - 1]
     configs = [Config(16, 16, 4, stages) for stages in range(1, 1 + len(compilations))]
     return sorted(known.compile("forward", *configs))
 
 
 def test_compilations_fail_alone():
-    assert finished([Compilation(), Compilation(error="no such layout"), Compilation()], 10) == [
-        0,
-        2,
-    ]
+    found = finished([Compilation(), Compilation(error="no such layout"), Compilation()], 10)
+    assert found == [(0, ""), (1, "RuntimeError: no such layout"), (2, "")]
 
 
 def test_no_compilation_is_begun_after_the_budget(monkeypatch):
     monkeypatch.setattr(trials, "_workers", lambda: 1)
     begun = time.monotonic()
     late = [Compilation(), Compilation(0.3), Compilation(60), Compilation(60)]
-    assert finished(late, 0.1) == [0, 1]
+    assert finished(late, 0.1) == [(0, ""), (1, "")]
     assert time.monotonic() - begun < 10
 
 

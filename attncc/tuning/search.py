@@ -240,12 +240,17 @@ class _Search:
         done: dict[Config, float] = {}
         try:
             seconds = self._left(COMPILING)
-            for at in self.worker.answers("compile", self.kernel, found, seconds, grace=COLD):
+            answers = self.worker.answers("compile", self.kernel, found, seconds, grace=COLD)
+            for at, problem in answers:
                 self.progress.advance(self.task)
-                done[found[at]] = WARM
+                if problem:
+                    self._note(found[at], problem)
+                else:
+                    done[found[at]] = WARM
         except Failed as error:  # one of them broke the compiler: each for itself, then
             tell(Debug.CHOICES, f"{self.kernel}, compiling: {error}")
-            return done | {config: COLD for config in found if config not in done}
+            tried = {*done, *self.failed}
+            return done | {config: COLD for config in found if config not in tried}
         return done
 
     def _glanced(self, patience: Mapping[Config, float]) -> dict[Config, float]:
@@ -260,11 +265,11 @@ class _Search:
                 rough[config] = ms
         return rough
 
-    def _measured(self, configs: Sequence[Config]) -> dict[Config, float]:
-        self._show("timing again", ROUNDS * len(configs))
+    def _measured(self, finalists: Sequence[Config]) -> dict[Config, float]:
+        self._show("timing again", ROUNDS * len(finalists))
         times: dict[Config, float] = {}
         for _ in range(ROUNDS):
-            for config in configs:
+            for config in finalists:
                 ms = None if config in self.failed else self._timed("measure", config, WARM)
                 if ms is not None:
                     times[config] = min(ms, times.get(config, ms))
@@ -276,10 +281,13 @@ class _Search:
         try:
             ms: float = self.worker.ask(how, self.kernel, config, seconds=seconds)
         except Failed as error:
-            self.failed[config] = str(error)
-            tell(Debug.CHOICES, f"{self.kernel}={config}: {error}")
+            self._note(config, str(error))
             return None
         return ms
+
+    def _note(self, config: Config, problem: str) -> None:
+        self.failed[config] = problem
+        tell(Debug.CHOICES, f"{self.kernel}={config}: {problem}")
 
     def _problem(self, config: Config, standard: Config) -> str:
         """What is wrong with a schedule's results, or with the trial that looks at them."""

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import astuple
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -220,7 +220,7 @@ def _serve(connection: Connection, trials: Trials) -> None:
     try:
         for answer in getattr(trials, request["do"])(request["kernel"], *configs):
             _send(connection, {"answer": answer})
-    except Exception as error:  # a compiler's own errors are of many classes
+    except Exception as error:
         problem = _words(error)
         lost = trials.lost()
     _send(connection, {"end": problem, "lost": lost})
@@ -230,7 +230,9 @@ def _send(connection: Connection, message: object) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException | None) -> str:
+    if error is None:
+        return ""
     lines = str(error).strip().split("\n")
     return f"{type(error).__name__}: {lines[0][:200]}"
 
@@ -268,29 +270,27 @@ class Trials:
             return True
         return False
 
-    def compile(self, kernel: str, *configs: Config) -> Iterator[int]:
-        """Numbers of schedules as they are compiled into Triton's caches, in parallel.
+    def compile(self, kernel: str, *configs: Config) -> Iterator[tuple[int, str]]:
+        """Numbers of schedules, and what failed, as each is compiled into Triton's caches.
 
         None is begun after the seconds that there are; those that have begun are waited for.
         """
         end = time.monotonic() + self.seconds
-        launches = {at: self._or_none(kernel, config) for at, config in enumerate(configs)}
         pool = ThreadPoolExecutor(_workers(), initializer=self._use_device)
-        futures = {pool.submit(one.compile): at for at, one in launches.items() if one is not None}
+        futures: dict[Future[None], int] = {}
+        for at, config in enumerate(configs):
+            try:
+                futures[pool.submit(self._launch(kernel, config).compile)] = at
+            except Exception as error:  # a compiler's own errors are of many classes
+                yield at, _words(error)
         told = set()
         with contextlib.suppress(TimeoutError):
             for future in as_completed(futures, timeout=max(0.0, end - time.monotonic())):
                 told.add(future)
-                if future.exception() is None:
-                    yield futures[future]
+                yield futures[future], _words(future.exception())
         pool.shutdown(cancel_futures=True)  # nothing compiles while others are timed
-        late = [f for f in futures if f not in told and not f.cancelled()]
-        yield from (futures[f] for f in late if f.exception() is None)
-
-    def _or_none(self, kernel: str, config: Config) -> Launch | None:
-        with contextlib.suppress(Exception):  # its own trial tells of it
-            return self.bench.launch(kernel, config)
-        return None
+        late = [future for future in futures if future not in told and not future.cancelled()]
+        yield from ((futures[future], _words(future.exception())) for future in late)
 
     def _use_device(self) -> None:
         """The current device is a thread's own."""

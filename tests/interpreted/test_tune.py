@@ -1,7 +1,10 @@
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.progress import Progress
 
 import attncc
 from attncc.backends.gluon import configs as gluon
@@ -117,6 +120,34 @@ def test_schedules_that_hang_die_or_are_wrong_cost_only_themselves(call, flawed,
     assert f"# forward={WRONG} was quicker, but out is off" in str(found)
     assert [schedules.config_of(r) for r in schedules.database().values()] == [choice.config]
     assert time.monotonic() - begun < 100
+
+
+def compiled(call, seconds, *configs):
+    """How long a trial of each may take after all were compiled for a GPU, and which failed."""
+    inputs, params = call
+    device = SimpleNamespace(device=torch.device("cuda"))
+    space = SimpleNamespace(kernel="forward", q=device, candidates=lambda: [RIGHT, *configs])
+    bound = attncc.compile(WINDOW).plan(*inputs, **params)
+    with Worker(trials.job(bound, *inputs)) as worker:
+        found = search._Search(space, worker, seconds / search.COMPILING, Progress(disable=True))
+        worker.start()
+        found.begun = time.monotonic()
+        return found._compiled(HANGS), found.failed
+
+
+def test_compilers_that_fail_hang_or_die_leave_the_rest_to_be_tried(call, flawed, monkeypatch):
+    monkeypatch.setattr(search, "COLD", 3.0)
+    monkeypatch.setattr(search, "WARM", 1.0)
+    found, failed = compiled(call, 20.0, ELSEWHERE, WRONG)
+    assert found == {RIGHT: 1.0, WRONG: 1.0}
+    assert failed == {ELSEWHERE: "RuntimeError: no such layout"}
+    found, failed = compiled(call, 20.0, DIES)
+    assert found in ({RIGHT: 1.0, DIES: 3.0}, {RIGHT: 3.0, DIES: 3.0})
+    assert not failed
+    hangs = replace(HANGS, num_stages=2)
+    found, failed = compiled(call, 1.0, hangs)
+    assert found[hangs] == 3.0
+    assert not failed
 
 
 def test_a_default_that_is_wrong_is_said_and_nothing_kept(call, flawed, monkeypatch):
