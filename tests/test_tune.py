@@ -263,7 +263,7 @@ def test_warp_specialised_candidates_fit_and_are_legal(name, kernel):
         found = list(gluon.candidates(kernel, shape, plan, heads=32))
         fits = partial(gluon.fits, kernel, shape=shape, plan=plan)
         assert all(gluon.usual(kernel, shape, plan, keys) in found for keys in (100, 100_000))
-        assert len(found) == len(set(found)) <= 72
+        assert len(found) == len(set(found)) <= 60
         assert all(c.legal and fits(c) and Config.parse(str(c)) == c for c in found)
         listed = plan.blocks is Blocks.LISTS
         assert not listed or all(c.block_m == 128 for c in found if kernel == "gluon_forward")

@@ -74,7 +74,7 @@ def usual(kernel: str, shape: Shape, plan: Plan, kv_len: int) -> Config:
     return backward(shape.widest) if kernel == "gluon_backward" else default(shape, plan, kv_len)
 
 
-HEADS = (0, 1, 4, 8, 16, 32)
+HEADS = (0, 1, 4, 8, 16)
 """How many are tried side by side."""
 
 
