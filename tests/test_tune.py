@@ -252,7 +252,7 @@ def plan_of(name: str):
     return attncc.compile(Path(f"examples/{name}.attn")).static
 
 
-@pytest.mark.parametrize("name", ["causal", "packed", "share_question"])
+@pytest.mark.parametrize("name", ["causal", "packed", "share_question", "alibi"])
 @pytest.mark.parametrize("kernel", gluon.KERNELS)
 def test_warp_specialised_candidates_fit_and_are_legal(name, kernel):
     plan = plan_of(name)

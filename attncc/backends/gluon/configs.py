@@ -95,26 +95,35 @@ def candidates(kernel: str, shape: Shape, plan: Plan, heads: int) -> Iterator[Co
 
 def fits(kernel: str, config: Config, shape: Shape, plan: Plan) -> bool:
     """Whether a schedule is one that the kernel is printed for, within the memory of an SM."""
-    m, n, stages = config.block_m, config.block_n, config.num_stages
-    if kernel == "gluon_backward":
-        usual = backward(shape.widest)
-        line = 2 * 4 * m
-        q, ds = 2 * shape.itemsize * m * shape.widest, 2 * shape.itemsize * m * ROWS
-        used = 2 * shape.itemsize * n * shape.widest + stages * (q + ds + line)
-        same = config == replace(usual, num_stages=stages)
-        return same and stages > 1 and used <= shape.shared_limit - BARRIERS
+    fits = _backward_fits if kernel == "gluon_backward" else _forward_fits
+    return config.num_stages > 1 and fits(config, shape, plan)
+
+
+def _forward_fits(config: Config, shape: Shape, plan: Plan) -> bool:
+    m, n = config.block_m, config.block_n
     if config.num_warps not in REGISTERS or m != ROWS * config.num_warps // 4:
         return False
     if n not in (64, 128) or (plan.blocks is Blocks.LISTS and m & (m - 1)):
+        return False
+    if m * n > 128 * 128 and axes(plan.score) & PAIR:  # terms of keys spill
         return False
     # A thread's share of the output, of scores in float32 and of weights in half of that.
     enough = shape.block_dv // 2 + n // 2 + n // 4 < registers(config)
     out_in_q, _ = spare(config, shape)
     if out_in_q and shape.block_d != shape.block_dv:
         return False
-    q, streamed = m * shape.block_d, stages * n * (shape.block_d + shape.block_dv)
-    room = shape.shared_limit - BARRIERS
-    return enough and stages > 1 and shape.itemsize * (q + streamed) <= room
+    streamed = config.num_stages * n * (shape.block_d + shape.block_dv)
+    used = shape.itemsize * (m * shape.block_d + streamed)
+    return enough and used <= shape.shared_limit - BARRIERS
+
+
+def _backward_fits(config: Config, shape: Shape, plan: Plan) -> bool:
+    """Its keys and values, and of each stage q, dout, ds of two warpgroups, lse and delta."""
+    m, n, columns = config.block_m, config.block_n, shape.widest
+    stage = 2 * shape.itemsize * m * (columns + ROWS) + 2 * 4 * m
+    used = 2 * shape.itemsize * n * columns + config.num_stages * stage
+    printed = config == replace(backward(columns), num_stages=config.num_stages)
+    return printed and used <= shape.shared_limit - BARRIERS
 
 
 def backward_constexprs(config: Config, columns: int) -> dict[str, int]:
