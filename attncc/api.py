@@ -35,7 +35,7 @@ from attncc.tiles import BoundPlan
 
 if TYPE_CHECKING:
     from attncc.backends.registry import Ready
-    from attncc.backends.triton.tune import Tuned
+    from attncc.tuning.search import Tuned
 
 TILE = 128, 128
 """Tiles of a plan where none are asked for, those of most kernels."""
@@ -244,16 +244,20 @@ class Attention:
         k: Tensor,
         v: Tensor,
         *,
-        kernels: Sequence[str] = ("forward", "backward_kv", "backward_q"),
+        kernels: Sequence[str] | None = None,
         time_budget: float = 120.0,
         **params: object,
     ) -> Tuned:
         """Times the kernels' schedules on this call; later calls like it run with the quickest.
 
-        kernels: the ones to tune. time_budget: seconds, about.
-        Winners are kept for this GPU, program, dtype, head dims and lengths rounded up to powers of
-        two, for other processes too; plans made before keep the schedules they have. Printed, the
-        result is one line a kernel to paste. Raises UnsupportedError where there is no GPU.
+        kernels: some of "forward", "backward_kv", "backward_q", "gluon_forward", "gluon_backward";
+        by default all that the call and its gradients run. time_budget: seconds, about.
+
+        Trials run in another process, which a schedule that crashes or hangs does not outlive.
+        Winners, whose results were compared with the default's and with the reference's, are kept
+        for this GPU, program, dtype, head dims and lengths rounded up to powers of two, for other
+        processes too; plans made before keep the schedules they have. Printed, the result is one
+        line a kernel to paste. Raises UnsupportedError where there is no GPU.
         """
         if _autocasts(q):
             q, k, v = _autocast(q, k, v)

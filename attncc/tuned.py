@@ -1,4 +1,7 @@
-"""The tuned configs: a plain-text file of one JSON record a line, shared by many processes."""
+"""The tuned configs: a plain-text file of one JSON record a line, shared by many processes.
+
+Those that come with the package, beside this module, hold where a user's own file has none.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from attncc import __version__, cache
 
 FILE_NAME = "tuned.jsonl"
 
+SHIPPED = Path(__file__).with_name(FILE_NAME)
+"""Records of some GPUs, as `attn.tune` stored them there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -21,7 +27,7 @@ class Key:
 
     gpu:     the device's name, as its driver gives it.
     program: hash of the program's text.
-    kernel:  "forward", "backward_kv", "backward_q".
+    kernel:  "forward", "backward_kv", "backward_q", "gluon_forward", "gluon_backward".
     dtype:   of q, k and v.
     shape:   the class of shapes measured, such as "d128 dv128 q8192 kv8192 heads32 group1".
     triton:  Triton's version.
@@ -65,13 +71,23 @@ def store(record: Record) -> None:
 
 
 def load() -> dict[Key, Record]:
-    """Every record by its key, the latest one; lines that are no records are passed over."""
+    """Every record by its key, the latest one, a user's own before those of the package."""
     try:
         with path().open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             content = file.read()
     except FileNotFoundError:
-        return {}
+        content = b""
+    return shipped() | _records(content)
+
+
+def shipped() -> dict[Key, Record]:
+    """The records that come with the package."""
+    return _records(SHIPPED.read_bytes())
+
+
+def _records(content: bytes) -> dict[Key, Record]:
+    """Those of a file; lines that are no records are passed over."""
     records = (parse(line) for line in content.decode(errors="replace").splitlines())
     return {record.key: record for record in records if record is not None}
 

@@ -6,7 +6,7 @@ import torch
 
 import attncc
 from attncc.backends.triton.configs import Config, default
-from attncc.backends.triton.recording import Bench, Launch
+from attncc.tuning.bench import Bench, Launch
 from benchmarks.contest import kept_by_tile
 from benchmarks.rows import Pattern, Shape
 

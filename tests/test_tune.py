@@ -1,13 +1,18 @@
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
 import attncc
 from attncc import tuned
-from attncc.backends.triton import launch, schedules, tune
+from attncc.backends import dense
+from attncc.backends.gluon import configs as gluon
+from attncc.backends.gluon import launch as gluon_launch
+from attncc.backends.triton import launch, schedules
 from attncc.backends.triton.configs import (
     KERNELS,
     Config,
@@ -19,9 +24,14 @@ from attncc.backends.triton.configs import (
     padded,
     smaller,
 )
-from attncc.backends.triton.tune import FINALISTS, Choice, Tuned, distance
 from attncc.errors import ArgumentError, UnsupportedError
+from attncc.inputs import Lengths, captured
+from attncc.ir.plan import Blocks
 from attncc.settings import settings
+from attncc.tuning import trials
+from attncc.tuning.bench import Bench
+from attncc.tuning.sample import Sample
+from attncc.tuning.search import FINALISTS, Choice, Tuned, distance
 
 CAUSAL = "attention causal():\n    mask = kv_idx <= q_idx"
 WINDOW = "attention window(width: int):\n    mask = abs(q_idx - kv_idx) < width"
@@ -214,24 +224,141 @@ class Compilation:
 
 
 def finished(compilations, seconds):
+    """Numbers of those that were compiled, and what failed, as a child tells it."""
+    known = object.__new__(trials.Trials)
+    known.device, known.seconds = torch.device("cpu"), seconds
+    known._launch = lambda kernel, config: compilations[config.num_stages - 1]
     configs = [Config(16, 16, 4, stages) for stages in range(1, 1 + len(compilations))]
-    tasks = dict(zip(configs, compilations, strict=True))
-    found = list(tune._finished(tasks, seconds, torch.device("cpu")))
-    return {configs.index(config): future for config, future in found}
+    return sorted(known.compile("forward", *configs))
 
 
 def test_compilations_fail_alone():
     found = finished([Compilation(), Compilation(error="no such layout"), Compilation()], 10)
-    assert sorted(found) == [0, 1, 2]
-    assert [str(found[n].exception() or "") for n in range(3)] == ["", "no such layout", ""]
+    assert found == [(0, ""), (1, "RuntimeError: no such layout"), (2, "")]
 
 
 def test_no_compilation_is_begun_after_the_budget(monkeypatch):
-    monkeypatch.setattr(tune, "_workers", lambda: 1)
+    monkeypatch.setattr(trials, "_workers", lambda: 1)
     begun = time.monotonic()
-    found = finished([Compilation(), Compilation(0.3), Compilation(60), Compilation(60)], 0.1)
-    assert sorted(found) == [0, 1]
+    late = [Compilation(), Compilation(0.3), Compilation(60), Compilation(60)]
+    assert finished(late, 0.1) == [(0, ""), (1, "")]
     assert time.monotonic() - begun < 10
+
+
+# -- warp-specialised kernels
+
+
+def plan_of(name: str):
+    return attncc.compile(Path(f"examples/{name}.attn")).static
+
+
+@pytest.mark.parametrize("name", ["causal", "packed", "share_question", "alibi"])
+@pytest.mark.parametrize("kernel", gluon.KERNELS)
+def test_warp_specialised_candidates_fit_and_are_legal(name, kernel):
+    plan = plan_of(name)
+    dims = gluon.BACKWARD_DIMS if kernel == "gluon_backward" else gluon.DIMS
+    values = dims if kernel == "gluon_forward" else ()
+    for dim, value in {*((d, d) for d in dims), *product(dims, values)}:
+        shape = Shape(dim, value, 2)
+        found = list(gluon.candidates(kernel, shape, plan, heads=32))
+        fits = partial(gluon.fits, kernel, shape=shape, plan=plan)
+        assert all(gluon.usual(kernel, shape, plan, keys) in found for keys in (100, 100_000))
+        assert len(found) == len(set(found)) <= 60
+        assert all(c.legal and fits(c) and Config.parse(str(c)) == c for c in found)
+        listed = plan.blocks is Blocks.LISTS
+        assert not listed or all(c.block_m == 128 for c in found if kernel == "gluon_forward")
+        assert not fits(Config(64, 64, 4, 2))
+        assert not fits(Config(128, 128, 8, 8))
+    assert {c.heads for c in gluon.candidates(kernel, shape, plan, heads=3)} <= {0, 1}
+
+
+def test_triton_has_no_tiles_of_192_rows():
+    assert not any(fits(kernel, Config(192, 64, 12, 2), Shape(64, 64, 2)) for kernel in KERNELS)
+
+
+@pytest.mark.parametrize("kernel", gluon.KERNELS)
+def test_a_warp_specialised_launch_takes_what_was_tuned_for_calls_like_it(kernel):
+    q, v = inputs(dim=128)
+    usual = gluon_launch.schedule(run(), kernel, q, v)
+    best = replace(usual, num_stages=3) if kernel == "gluon_backward" else Config(192, 64, 12, 3, 8)
+    assert usual != best
+    for config in (best, Config(128, 128, 8, 8)):  # the second cannot run
+        tuned.store(schedules.record(key(run(), kernel, dim=128), config, 0.1))
+        schedules.database.cache_clear()
+        expected = best if config == best else usual
+        assert gluon_launch.schedule(run(), kernel, q, v) == expected
+        assert gluon_launch.schedule(run(q_len=300), kernel, q, v) == usual
+    given = launch.Run(run().bound, 1.0, configs={kernel: best})
+    assert gluon_launch.schedule(given, kernel, q, v) == best
+
+
+def test_heads_side_by_side_are_those_of_the_schedule():
+    values: dict[str, object] = {}
+    for heads, expected in ((0, 4), (3, 3), (2**40, 4)):
+        launch.tiled(run(), values, "q", Config(64, 64, 4, 2, heads), 4)
+        assert values["swizzle"] == expected
+
+
+def test_warp_specialised_kernels_are_recorded_with_what_they_write(monkeypatch):
+    """On the CPU nothing starts; what would is looked at."""
+    monkeypatch.setattr(gluon_launch, "_processors", lambda device: 4)
+    q, v = inputs()
+    bench = Bench(run().bound, q, v, v)
+    out = torch.empty_like(q), torch.empty(1, 4, 100)
+    bench.__dict__["forward"] = out
+    forwards = [bench.launch("gluon_forward", Config(m, 64, m // 16, 2)) for m in (128, 192)]
+    assert all([part.name for part in one.parts] == ["forward"] for one in forwards)
+    assert forwards[0].results.keys() == {"out", "lse", "lse2"}
+    first, second = (one.parts[0].arguments for one in forwards)
+    assert first["out_desc"].base is second["out_desc"].base is forwards[0].results["out"]
+    assert first["lse_ptr"] is second["lse_ptr"]
+    assert (first["CONSUMERS"], second["CONSUMERS"]) == (2, 3)
+    backward = bench.launch("gluon_backward", gluon.backward(64))
+    assert [part.name for part in backward.parts] == ["delta", "backward", "round_dq"]
+    assert backward.results.keys() == {"dq", "dk", "dv"}
+    main = backward.parts[1].arguments
+    assert main["dk_desc"].base is backward.results["dk"]
+    assert backward.parts[2].arguments["dq_ptr"] is backward.results["dq"]
+    assert main["dq_sum_ptr"] is backward.parts[0].arguments["dq_sum_ptr"]
+
+
+# -- samples of the dense interpreter
+
+
+SINK = """
+attention sink(logit: float[heads] grad):
+    mask = kv_idx <= q_idx
+    score = score + 0.01 * (kv_idx - q_idx)
+    sink = logit[h]
+"""
+SIGMOID = "attention weights():\n    mask = kv_idx <= q_idx + b\n    normalize = sigmoid"
+EXAMPLES = [Path(f"examples/{name}.attn") for name in ("causal", "packed", "alibi")]
+
+
+@pytest.mark.parametrize("source", [*EXAMPLES, SINK, SIGMOID, WINDOW], ids=range(6))
+def test_samples_are_the_reference(source):
+    attention = attncc.compile(source)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 200, 16, generator=rng) for heads in (4, 2, 2))
+    lengths = Lengths(2, 4, 2, 200, 200, 16)
+    arguments = captured(attention.program, lengths, {}).tensors
+    scalars = {"width": 5} if source == WINDOW else {}
+    bound = attention.plan(q, k, v, **arguments, **scalars)
+    sample = Sample(bound, q, k, v)
+    given = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = dense.attention(attention.program, bound.binding, *given, torch.float64)
+    grads = torch.autograd.grad(out, given, sample.dout.double())
+    found = dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"out": out.detach()}
+    if lse is not None:
+        found["lse"] = lse.detach()
+    assert sample.problem(found) == ""
+    row = int(sample.rows[-1])
+    for name, at in (("out", (1, 3, row)), ("dq", (0, 0, row)), ("dk", (1, 1, 0)), ("dv", (0, 0))):
+        wrong = found[name].clone()
+        wrong[at] *= 1.5
+        assert sample.problem(found | {name: wrong}).startswith(f"{name} is off by")
+        wrong[at] = torch.nan
+        assert sample.problem(found | {name: wrong}).startswith(f"{name} is off by")
 
 
 # -- on a GPU
@@ -245,12 +372,14 @@ def test_a_gpu_runs_what_was_tuned():
     q, k, v = (torch.randn(2, heads, 2048, 64, **make) for heads in (8, 2, 2))
     attention = attncc.compile(CAUSAL)
     found = attention.tune(q, k, v, time_budget=60)
-    assert [choice.kernel for choice in found.choices] == list(KERNELS)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    expected = gluon.KERNELS if hopper else KERNELS
+    assert [choice.kernel for choice in found.choices] == list(expected)
     for choice in found.choices:
         assert choice.ms <= choice.default_ms
-        assert choice.timed > FINALISTS
+        assert choice.timed > (0 if choice.kernel == "gluon_backward" else FINALISTS)
         assert not choice.wrong
-    assert len(schedules.database()) == len(KERNELS)
+    assert len(schedules.database()) == len(expected)
     attention(q, k, v).sum().backward()
     out, expected = attention(q, k, v), attention.reference(q, k, v, dtype=torch.float64)
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
@@ -271,6 +400,13 @@ def test_a_kernel_there_is_none_of_is_named(monkeypatch):
     q, v = inputs(torch.float32)
     with pytest.raises(ArgumentError, match="backward_v"):
         attncc.compile(CAUSAL).tune(q, v, v, kernels=("backward_v",))
+
+
+def test_a_kernel_that_does_not_serve_a_call_says_why(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, v = inputs(torch.float32)
+    with pytest.raises(UnsupportedError, match=r"gluon_forward does not serve this call: .* sm_90"):
+        attncc.compile(CAUSAL).tune(q, v, v, kernels=("gluon_forward",))
 
 
 def test_a_parameter_may_not_hide_behind_an_argument():

@@ -49,6 +49,18 @@ def attention(
     return out.to(dtype or q.dtype), lse
 
 
+def rows(
+    program: Program, binding: Binding, b: int, h: int, at: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out [R, Dv] and lse [R] of the queries `at` [R] of one head, in the dtype of the inputs.
+
+    q [R, D] are theirs; k [KV, D] and v [KV, Dv] all of the head.
+    """
+    env = _env(binding, b, h, q.dtype)
+    positions = {**env.positions, "q_idx": at[:, None]}
+    return _head(program, replace(env, positions=positions), q, k, v)
+
+
 def _stacked(
     parts: list[list[Tensor]], shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -88,7 +100,7 @@ def _head(program: Program, env: Env, q: Tensor, k: Tensor, v: Tensor) -> tuple[
 
 def _at_pairs(env: Env, rows: Tensor, columns: Tensor, scores: Tensor) -> Env:
     """The same head at a list of pairs."""
-    positions = {**env.positions, "q_idx": rows, "kv_idx": columns}
+    positions = {**env.positions, "q_idx": env.positions["q_idx"][rows, 0], "kv_idx": columns}
     return replace(env, positions=positions, score=scores)
 
 

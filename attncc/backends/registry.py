@@ -18,7 +18,7 @@ from attncc.tiles import BoundPlan
 
 if TYPE_CHECKING:
     from attncc.backends.triton.launch import Run
-    from attncc.backends.triton.tune import Tuned
+    from attncc.tuning.search import Tuned
 
 Result = tuple[Tensor, Tensor | None]
 """out [B, Hq, Q, Dv], and lse [B, Hq, Q] where the program normalizes by softmax."""
@@ -143,12 +143,31 @@ def _run(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool, specialise
     )
 
 
+def kernels(bound: BoundPlan, q: Tensor, v: Tensor) -> tuple[str, ...]:
+    """Names of the kernels that a call and its gradients run, as `tune` takes them."""
+    own = _unspecialised(bound, q, v)
+    given = settings().backend == "triton"
+    forward = "forward" if given or own["gluon_forward"] else "gluon_forward"
+    if given or own["gluon_backward"]:
+        return forward, "backward_kv", "backward_q"
+    return forward, "gluon_backward"
+
+
+def _unspecialised(bound: BoundPlan, q: Tensor, v: Tensor) -> dict[str, str]:
+    """Why each warp-specialised kernel does not serve a call; empty where it does."""
+    from attncc.backends.gluon import launch, launch_backward
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    backward = launch_backward.unsupported(bound.plan, q, v, deterministic)
+    return {"gluon_forward": launch.unsupported(q, v), "gluon_backward": backward}
+
+
 def tune(
     bound: BoundPlan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kernels: Sequence[str],
+    asked: Sequence[str] | None,
     time_budget: float,
 ) -> Tuned:
     """The quickest schedules of a call's kernels; UnsupportedError where there are none to time."""
@@ -159,9 +178,16 @@ def tune(
             hint="move them to the GPU" if here else "torch finds no GPU; `attncc doctor` says why",
         )
     _check_triton(q, v)
-    from attncc.backends.triton import tune
+    from attncc.tuning import search
 
-    return tune.tune(bound, q, k, v, kernels=kernels, time_budget=time_budget)
+    chosen = kernels(bound, q, v) if asked is None else asked
+    for name, reason in _unspecialised(bound, q, v).items():
+        if name in chosen and reason:
+            raise UnsupportedError(
+                f"{name} does not serve this call: {reason}",
+                hint=f"leave kernels out, or ask for {', '.join(kernels(bound, q, v))}",
+            )
+    return search.tune(bound, q, k, v, kernels=chosen, time_budget=time_budget)
 
 
 def interpreted() -> bool:

@@ -24,12 +24,17 @@ from attncc.cli.request import DTYPES, options, placed, request
 def tune(dtype: str, backward: bool, time_budget: float, **asked: Any) -> None:
     """Time FILE's kernels over tiles, warps and stages on this GPU, and keep the best.
 
+    Schedules are tried in another process, and the best are checked before they are kept.
+
     The lines printed say, for each kernel, the schedule that later calls of such lengths run with.
     """
     import attncc
+    from attncc.backends import registry
 
     problem, (q, k, v) = placed(request(**asked), dtype, "cuda", asked["seed"])
-    kernels = ("forward", "backward_kv", "backward_q") if backward else ("forward",)
     attention = attncc.compile(problem.program)
+    kernels = registry.kernels(attention.plan(q, k, v, **problem.arguments), q, v)
+    if not backward:
+        kernels = kernels[:1]
     budget: dict[str, Any] = {"kernels": kernels, "time_budget": time_budget}
     click.echo(attention.tune(q, k, v, **budget, **problem.arguments))

@@ -582,17 +582,29 @@ def run(text: str, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]
 
     arguments: tensors for pointers, Descriptors, numbers; those in capitals are constexprs.
     """
-    body = text[text.index("@gluon.jit") :]
-    names = dict(NAMES)
-    exec(compile(body, "<gluon>", "exec"), names)
-    function = names[kernel]
-    wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
-    given = {name: _argument(name, arguments[name]) for name in wanted}
+    function = _function(text, kernel)
+    given = {name: _argument(name, arguments[name]) for name in _wanted(function)}
     _PROGRAM.grid = grid
     with np.errstate(all="ignore"):
         for program in np.ndindex(grid):
             _HERE.part = Part(program)
             function(**given)
+
+
+def arguments(text: str, kernel: str) -> tuple[str, ...]:
+    """The names of a kernel's arguments, in order."""
+    return _wanted(_function(text, kernel))
+
+
+def _function(text: str, kernel: str) -> Any:
+    names = dict(NAMES)
+    exec(compile(text[text.index("@gluon.jit") :], "<gluon>", "exec"), names)
+    return names[kernel]
+
+
+def _wanted(function: Any) -> tuple[str, ...]:
+    names: tuple[str, ...] = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return names
 
 
 def _argument(name: str, x: Any) -> Any:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
 from attncc.backends.gluon.hoist import DIVISIONS
 from attncc.backends.triton.configs import Config, Shape
 from attncc.backends.triton.lower import lower
 from attncc.ir.expr import Axis, Load, axes, walk
 from attncc.ir.plan import Blocks, Plan
+
+KERNELS = ("gluon_forward", "gluon_backward")
 
 ROWS = 64
 """Queries of one consumer warpgroup: what a wgmma instruction has."""
@@ -67,6 +73,63 @@ BACKWARD_PAIRS = 8192
 """Numbers of a block of queries, [128, 64] or [64, 128]."""
 
 
+def usual(kernel: str, shape: Shape, plan: Plan, kv_len: int) -> Config:
+    """The schedule that is used without tuning."""
+    return backward(shape.widest) if kernel == "gluon_backward" else default(shape, plan, kv_len)
+
+
+HEADS = (0, 1, 4, 8, 16)
+"""How many are tried side by side."""
+
+
+def candidates(kernel: str, shape: Shape, plan: Plan, heads: int) -> Iterator[Config]:
+    """Every schedule worth timing, those that cannot fit left out; heads: of the whole batch."""
+    if kernel == "gluon_backward":
+        usual = backward(shape.widest)
+        found = (replace(usual, num_stages=stages) for stages in (2, 3, 4))
+    else:
+        tiles = product((2, 3), (64, 128), (2, 3, 4), HEADS)
+        found = (
+            Config(ROWS * consumers, n, 4 * consumers, stages, side)
+            for consumers, n, stages, side in tiles
+            if side < heads
+        )
+    return (config for config in found if fits(kernel, config, shape, plan))
+
+
+def fits(kernel: str, config: Config, shape: Shape, plan: Plan) -> bool:
+    """Whether a schedule is one that the kernel is printed for, within the memory of an SM."""
+    fits = _backward_fits if kernel == "gluon_backward" else _forward_fits
+    return config.num_stages > 1 and fits(config, shape, plan)
+
+
+def _forward_fits(config: Config, shape: Shape, plan: Plan) -> bool:
+    m, n = config.block_m, config.block_n
+    if config.num_warps not in REGISTERS or m != ROWS * config.num_warps // 4:
+        return False
+    if n not in (64, 128) or (plan.blocks is Blocks.LISTS and m & (m - 1)):
+        return False
+    if m * n > 128 * 128 and axes(plan.score) & PAIR:  # terms of keys spill
+        return False
+    # A thread's share of the output, of scores in float32 and of weights in half of that.
+    enough = shape.block_dv // 2 + n // 2 + n // 4 < registers(config)
+    out_in_q, _ = spare(config, shape)
+    if out_in_q and shape.block_d != shape.block_dv:
+        return False
+    streamed = config.num_stages * n * (shape.block_d + shape.block_dv)
+    used = shape.itemsize * (m * shape.block_d + streamed)
+    return enough and used <= shape.shared_limit - BARRIERS
+
+
+def _backward_fits(config: Config, shape: Shape, plan: Plan) -> bool:
+    """Its keys and values, and of each stage q, dout, ds of two warpgroups, lse and delta."""
+    m, n, columns = config.block_m, config.block_n, shape.widest
+    stage = 2 * shape.itemsize * m * (columns + ROWS) + 2 * 4 * m
+    used = 2 * shape.itemsize * n * columns + config.num_stages * stage
+    printed = config == replace(backward(columns), num_stages=config.num_stages)
+    return printed and used <= shape.shared_limit - BARRIERS
+
+
 def backward_constexprs(config: Config, columns: int) -> dict[str, int]:
     return {"BLOCK_D": columns, "STAGES": config.num_stages, "REGISTERS": registers(config)}
 
@@ -120,9 +183,12 @@ def constexprs(config: Config, shape: Shape) -> dict[str, int]:
     }
 
 
+REGISTERS = {8: 240, 12: 160}
+"""By the warps that consume: what a thread takes, when the producer has given up what it can."""
+
+
 def registers(config: Config) -> int:
-    """Registers a thread of a consumer takes, when the producer has given up what it can."""
-    return {8: 240, 12: 160}[config.num_warps]
+    return REGISTERS[config.num_warps]
 
 
 BARRIERS = 2048

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from attncc.backends.triton.configs import Config, Shape
 from attncc.backends.triton.kernels import Kernel, load
 from attncc.backends.triton.launch import Run
 from attncc.backends.triton.prepared import Prepared, again, layout, start, stream_of
+from attncc.backends.triton.schedules import choose
 from attncc.backends.triton.sections import Spec
 
 
@@ -48,27 +49,43 @@ def forward(run: Run, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     return out, lse, lse2
 
 
-def _kernel(spec: Spec, consumers: int, out_in_q: bool) -> Kernel:
+def schedule(run: Run, kernel: str, q: Tensor, v: Tensor) -> Config:
+    """The schedule that was asked for, or that `attn.tune` found for such calls, or the default."""
+    if run.configs and kernel in run.configs:
+        return run.configs[kernel]
+    plan, binding, shape = run.bound.plan, run.bound.binding, shape_of(kernel, q, v)
+    usual = configs.usual(kernel, shape, plan, binding.kv_len)
+    fits = partial(configs.fits, kernel, shape=shape, plan=plan)
+    return choose(kernel, plan, binding, q, v, usual, fits)
+
+
+def shape_of(kernel: str, q: Tensor, v: Tensor) -> Shape:
+    """What a kernel's schedules depend on, of these inputs."""
+    dims = q.shape[-1], v.shape[-1]
+    if kernel == "gluon_backward":
+        columns = configs.backward_columns(*dims)
+        return Shape(columns, columns, q.element_size())
+    return Shape(*configs.columns(*dims), q.element_size())
+
+
+def _loaded(spec: Spec, consumers: int, out_in_q: bool) -> dict[str, Kernel]:
     text = forward_source(spec, consumers, out_in_q)
-    return load(f"{spec.name}_gluon_forward", text, ("forward",))["forward"]
+    return load(f"{spec.name}_gluon_forward", text, ("forward",))
 
 
 def _first_forward(run: Run, tensors: dict[str, Tensor]) -> Prepared | None:
     q, k, v, out = (tensors[name] for name in ("q", "k", "v", "out"))
     spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
-    dims = configs.columns(q.shape[-1], v.shape[-1])
-    shape = Shape(*dims, q.element_size())
-    config = configs.default(shape, run.bound.plan, k.shape[2])
-    if run.configs and "gluon_forward" in run.configs:
-        config = run.configs["gluon_forward"]
+    shape = shape_of("gluon_forward", q, v)
+    dims = shape.block_d, shape.block_dv
+    config = schedule(run, "gluon_forward", q, v)
     values = launch.common(run, q, v)
     values["BLOCK_D"], values["BLOCK_DV"] = dims
     works = launch.tiled(run, values, "q", config, run.bound.binding.heads)
     values |= configs.constexprs(config, shape) | {"works": works, "nought": 0}
     consumers = values["CONSUMERS"]
     out_in_q, _ = configs.spare(config, shape)
-    key = "gluon forward", id(spec), consumers, out_in_q
-    kernel: Kernel = run._known(key, lambda: _kernel(spec, consumers, out_in_q))
+    kernel = run.kernels(spec, _loaded, consumers, out_in_q)["forward"]
     values |= {f"{name}_ptr": tensors[name] for name in ("lse", "lse2")}
     values["q_desc"] = described(q, configs.ROWS, dims[0])
     values["k_desc"] = described(k, config.block_n, dims[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 from attncc.backends.gluon import configs, diagonals
 from attncc.backends.gluon import launch as launch_forward
 from attncc.backends.gluon.backward import NAMES, backward_source
-from attncc.backends.gluon.launch import described
+from attncc.backends.gluon.launch import described, schedule
 from attncc.backends.triton import gradients, launch
 from attncc.backends.triton.arguments import Values
 from attncc.backends.triton.configs import Config
@@ -62,9 +62,7 @@ class _Backward:
         self.run, self.has_dlse = run, has_dlse
         self.lowering = run.lowering
         self.dim = configs.backward_columns(q.shape[-1], v.shape[-1])
-        self.config = configs.backward(self.dim)
-        if run.configs and "gluon_backward" in run.configs:
-            self.config = run.configs["gluon_backward"]
+        self.config = schedule(run, "gluon_backward", q, v)
         self.rows = self.config.block_m
         batch, heads, self.q_len = q.shape[:3]
         self.q_tiles = math.ceil(self.q_len / self.rows)
@@ -136,8 +134,7 @@ class _Backward:
     def _kernels(self) -> dict[str, Kernel]:
         run = self.run
         spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
-        found: dict[str, Kernel] = run._known(("gluon backward", id(spec)), lambda: _loaded(spec))
-        return found
+        return run.kernels(spec, _loaded)
 
     def _values(self, tensors: dict[str, Tensor]) -> Values:
         """What every kernel may name."""

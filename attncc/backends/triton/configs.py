@@ -9,7 +9,9 @@ from itertools import product
 
 from attncc.errors import ArgumentError
 
-PASTED = re.compile(r"(\d{1,4})x(\d{1,4}),warps=(\d{1,2}),stages=(\d)", re.ASCII)
+PASTED = re.compile(
+    r"(\d{1,4})x(\d{1,4}),warps=(\d{1,2}),stages=(\d)(?:,heads=(\d{1,4}))?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +22,19 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    heads: int = 0
+    """How many run side by side; 0: as many as share the L2."""
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n},warps={self.num_warps},stages={self.num_stages}"
+        heads = f",heads={self.heads}" if self.heads else ""
+        tiles = f"{self.block_m}x{self.block_n}"
+        return f"{tiles},warps={self.num_warps},stages={self.num_stages}{heads}"
 
     @classmethod
     def parse(cls, text: str) -> Config:
         """The inverse of str(); raises ArgumentError for what no kernel could run with."""
         found = PASTED.fullmatch("".join(text.split()))
-        config = cls(*map(int, found.groups())) if found else None
+        config = cls(*(int(n or 0) for n in found.groups())) if found else None
         if config is None or not config.legal:
             raise ArgumentError(
                 f"{text!r} is no schedule",
@@ -38,9 +44,14 @@ class Config:
 
     @property
     def legal(self) -> bool:
-        """Whether Triton takes such numbers at all: tiles that tensor cores take, powers of two."""
+        """Whether some kernel takes such numbers: tiles that tensor cores take, powers of two.
+
+        Three warpgroups of a warp-specialised kernel own 64 rows each.
+        """
         blocks = all(n in (16, 32, 64, 128, 256) for n in (self.block_m, self.block_n))
-        return blocks and self.num_warps in (1, 2, 4, 8, 16) and 1 <= self.num_stages <= 8
+        powers = blocks and self.num_warps in (1, 2, 4, 8, 16)
+        three = self.block_n in (64, 128) and (self.block_m, self.num_warps) == (192, 12)
+        return (powers or three) and 1 <= self.num_stages <= 8 and self.heads >= 0
 
 
 KERNELS = ("forward", "backward_kv", "backward_q")
@@ -200,6 +211,8 @@ def shared_memory(kernel: str, config: Config, shape: Shape) -> int:
 def fits(kernel: str, config: Config, shape: Shape) -> bool:
     """Whether a schedule can run: shared memory, and accumulators that registers can hold."""
     m, n = config.block_m, config.block_n
+    if m & (m - 1):
+        return False
     rows = {"forward": m * shape.block_dv, "backward_q": m * shape.block_d}
     accumulators = rows.get(kernel, n * (shape.block_d + shape.block_dv))
     tiles = m * n if kernel == "forward" else 2 * m * n

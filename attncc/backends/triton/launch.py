@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,16 @@ from torch import Tensor
 
 from attncc.backends.triton import gradients, kernels
 from attncc.backends.triton.arguments import Values, captured
-from attncc.backends.triton.configs import Config, Shape, Traits, padded, padded_value, smaller
+from attncc.backends.triton.configs import (
+    Config,
+    Shape,
+    Traits,
+    default,
+    fits,
+    padded,
+    padded_value,
+    smaller,
+)
 from attncc.backends.triton.kernels import Kernel
 from attncc.backends.triton.lists import key_lists, query_lists
 from attncc.backends.triton.lower import Lowering, lower
@@ -104,9 +113,11 @@ class Run:
     def differentiable(self) -> dict[str, Tensor]:
         return differentiable(self.bound)
 
-    def kernels(self, spec: Spec, load: Callable[[Spec], dict[str, Kernel]]) -> dict[str, Kernel]:
+    def kernels(
+        self, spec: Spec, load: Callable[..., dict[str, Kernel]], *more: Hashable
+    ) -> dict[str, Kernel]:
         """The kernels of a file; hashing a spec costs more than a launch, so by its identity."""
-        found: dict[str, Kernel] = self._known((load.__name__, id(spec)), lambda: load(spec))
+        found: dict[str, Kernel] = self._known((load, id(spec), *more), lambda: load(spec, *more))
         return found
 
     def config(self, kernel: str, q: Tensor, v: Tensor) -> Config:
@@ -118,7 +129,9 @@ class Run:
 
     def _chosen(self, kernel: str, q: Tensor, v: Tensor) -> Config:
         plan, binding = self.bound.plan, self.bound.binding
-        return choose(kernel, plan, binding, q, v, shape_of(q, v), traits(plan))
+        shape = shape_of(q, v)
+        usual = default(kernel, shape, traits(plan))
+        return choose(kernel, plan, binding, q, v, usual, partial(fits, kernel, shape=shape))
 
     def prepared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What is ready for a layout; only so many are kept."""
@@ -288,7 +301,7 @@ def tiled(run: Run, values: Values, side: str, config: Config, width: int) -> in
     tiles = math.ceil(rows / block)
     order = plan.query_order if side == "q" else plan.key_order
     values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, f"{side}_tiles": tiles}
-    values["swizzle"] = _swizzle(run, order, width)
+    values["swizzle"] = min(config.heads, binding.batch * width) or _swizzle(run, order, width)
     if plan.blocks is Blocks.LISTS:
         bound = run.bound.retiled((config.block_m, config.block_n))
         lists = key_lists(bound) if side == "q" else query_lists(bound)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from attncc import tuned
-from attncc.backends.triton.configs import Config, Shape, Traits, default, fits
+from attncc.backends.triton.configs import Config
 from attncc.binding import Binding
 from attncc.errors import AttnccError
 from attncc.ir.plan import Plan
@@ -24,11 +24,19 @@ DIGESTS = 256
 
 
 def choose(
-    kernel: str, plan: Plan, binding: Binding, q: Tensor, v: Tensor, shape: Shape, traits: Traits
+    kernel: str,
+    plan: Plan,
+    binding: Binding,
+    q: Tensor,
+    v: Tensor,
+    default: Config,
+    fits: Callable[[Config], bool],
 ) -> Config:
-    """The schedule that `attn.tune` found for calls like this one, or the default."""
-    found = _recorded(kernel, plan, binding, q, v, shape) if database() else None
-    config = found or default(kernel, shape, traits)
+    """The schedule that `attn.tune` found for calls like this one, if it fits, or the default."""
+    found = _recorded(key(kernel, plan, binding, q, v)) if database() else None
+    if found is not None and not fits(found):
+        found = None
+    config = found or default
     if settings().debug >= Debug.CHOICES:
         how = "tuned" if found else "by default"
         where = shape_class(binding, q.shape[-1], v.shape[-1])
@@ -73,35 +81,35 @@ def record(key: tuned.Key, config: Config, ms: float) -> tuned.Record:
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    if config.heads:
+        values["heads"] = config.heads
     return tuned.Record(key, values, ms)
 
 
 def config_of(record: tuned.Record) -> Config | None:
     """The schedule of a record, or None where it is none that a kernel could have."""
     names = "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"
-    if set(record.config) != set(names):
+    if set(record.config) - {"heads"} != set(names):
         return None
-    config = Config(*(record.config[name] for name in names))
+    m, n, warps, stages = (record.config[name] for name in names)
+    config = Config(m, n, warps, stages, record.config.get("heads", 0))
     return config if config.legal else None
 
 
 @lru_cache(maxsize=1)
 def database() -> Mapping[tuned.Key, tuned.Record]:
-    """What was tuned, read once a process; empty where it cannot be read."""
+    """What was tuned, read once a process; what is shipped where the rest cannot be read."""
     try:
         return tuned.load()
     except (OSError, ValueError, AttnccError) as error:
         if settings().debug >= Debug.CHOICES:
-            _tell(f"attncc: no tuned schedules, for they cannot be read: {error}")
-        return {}
+            _tell(f"attncc: no schedules tuned here, for they cannot be read: {error}")
+        return tuned.shipped()
 
 
-def _recorded(
-    kernel: str, plan: Plan, binding: Binding, q: Tensor, v: Tensor, shape: Shape
-) -> Config | None:
-    found = database().get(key(kernel, plan, binding, q, v))
-    config = None if found is None else config_of(found)
-    return config if config is not None and fits(kernel, config, shape) else None
+def _recorded(key: tuned.Key) -> Config | None:
+    found = database().get(key)
+    return None if found is None else config_of(found)
 
 
 def _digest(plan: Plan) -> str:
