@@ -106,7 +106,10 @@ DISTANCES = {
     "each head's": ("t: float[heads, 700] grad", "score + t[h, q_idx - kv_idx + kv_len]"),
     "all heads'": ("t: float[700] grad", "score + t[abs(kv_idx - q_idx)]"),
     "each sequence's": ("t: float[batch, 700] grad", "score * t[b, kv_idx + 3 - q_idx + q_len]"),
-    "buckets": ("t: float[heads, 700] grad", "score + t[h, min((abs(q_idx - kv_idx) + 2) // 5, 9)]"),
+    "buckets": (
+        "t: float[heads, 700] grad",
+        "score + t[h, min((abs(q_idx - kv_idx) + 2) // 5, 9)]",
+    ),
     "twice": (
         "t: float[heads, 700] grad",
         "score + t[h, q_idx - kv_idx + kv_len] * t[h, max(q_idx - kv_idx, 0)]",

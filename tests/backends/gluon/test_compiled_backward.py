@@ -52,6 +52,7 @@ def check(found: dict[str, aot.Compiled], begin: str, spills: int) -> None:
         ("causal", 128, 16),
         ("packed", 128, 16),
         ("softcap", 128, 128),
+        ("relative_bias", 128, 160),
         ("full", 64, 64),
     ],
 )
