@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attncc.backends.gluon import configs
 from attncc.backends.gluon import launch as launch_forward
-from attncc.backends.gluon.backward import NAMES, backward_source
+from attncc.backends.gluon.backward import NAMES
+from attncc.backends.gluon.backward_wide import backward_source
 from attncc.backends.gluon.launch import described
 from attncc.backends.triton import gradients, launch
 from attncc.backends.triton.arguments import Values
@@ -79,7 +80,7 @@ class _Backward:
         self.tensors["dlse"] = lse2 if dlse is None else dlse.float().contiguous()
         # One block more: where programs add what they have before their first block.
         blocks = batch * heads * self.q_tiles + 1
-        self.tensors["dq_sum"] = lse2.new_empty(blocks, configs.BACKWARD_PAIRS)
+        self.tensors["dq_sum"] = lse2.new_empty(blocks, self.rows * self.dim)
         if self.lowering.softmax:
             padded = lse2.new_empty(2, batch, heads, self.q_tiles * self.rows)
             self.tensors["lse_rows"], self.tensors["delta_rows"] = padded
@@ -105,7 +106,8 @@ class _Backward:
     def _kernels(self) -> dict[str, Kernel]:
         run = self.run
         spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
-        found: dict[str, Kernel] = run._known(("gluon backward", id(spec)), lambda: _loaded(spec))
+        key = "gluon backward", id(spec), self.dim
+        found: dict[str, Kernel] = run._known(key, lambda: _loaded(spec, self.dim))
         return found
 
     def _values(self) -> Values:
@@ -167,9 +169,9 @@ HEAVY = 3
 """Times the work of the median."""
 
 
-def _loaded(spec: Spec) -> dict[str, Kernel]:
+def _loaded(spec: Spec, columns: int) -> dict[str, Kernel]:
     names = ("delta" if spec.lowering.softmax else "clear", *NAMES)
-    return load(f"{spec.name}_gluon_backward", backward_source(spec), names)
+    return load(f"{spec.name}_gluon_backward", backward_source(spec, columns), names)
 
 
 def _in_line(x: Tensor, count: int) -> Any:
