@@ -461,6 +461,8 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **options: Any) 
     if text.startswith("red.relaxed.gpu.global.add.v4.f32"):
         return _add_by_fours(*args)
     (x,) = args
+    if text.startswith("mov.b32"):
+        return x
     if text.startswith("tanh.approx"):
         return Value(np.tanh(x.data))
     assert text.startswith("ld.global.nc.f32"), text
@@ -530,6 +532,7 @@ GL = SimpleNamespace(
     SliceLayout=_ignored,
     NVMMADistributedLayout=_ignored,
     DotOperandLayout=_ignored,
+    SharedLinearLayout=_ignored,
     SwizzledSharedLayout=_ignored,
     NVMMASharedLayout=SimpleNamespace(get_default_for=_ignored),
 )
@@ -542,7 +545,7 @@ NAMES = {
     "mbarrier": SimpleNamespace(
         MBarrierLayout=_ignored,
         init=lambda barrier, count: barrier.init(count),
-        arrive=lambda barrier: barrier.arrive(),
+        arrive=lambda barrier, pred=True: barrier.arrive() if pred else None,
         expect=lambda barrier, count: barrier.expect(count),
         wait=lambda barrier, parity: barrier.wait(parity),
     ),

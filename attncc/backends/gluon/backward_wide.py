@@ -67,6 +67,15 @@ def add_dq(
 '''
 """The sums of a block lie in the order (8 columns, thread, 4), as `round_dq` reads them."""
 
+COPIED = '''
+@gluon.jit
+def copied(x):
+    """The same in other registers."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+    )
+'''
+
 FACTORS = """\
 FACTORS: gl.constexpr = gl.SharedLinearLayout(
     [
@@ -92,6 +101,8 @@ class _Wide(Backward):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
+        if not self.softmax:
+            self.functions.append(Function("", (), (), COPIED))
         assert not self.mods.gradients, "captured tensors have no gradients here"
 
     @property
@@ -102,6 +113,8 @@ class _Wide(Backward):
 
     def _fold(self) -> Function:
         after = self._after_scores()
+        # Registers of the last weights, which a product reads until it is waited for, are not set.
+        rounded = "p.to(q.dtype)" if self.softmax else "copied(new)"
         body = f'''\
 """Weigh a block of queries; add the one before to dv, and to half of dq."""
 slot = step % STAGES
@@ -123,7 +136,7 @@ factor_sm.store(factor)
 mbarrier.arrive(factor_full.index(0))
 dv = warpgroup_mma_wait(0, deps=(dv,))
 mbarrier.arrive(dout_done.index(before % STAGES), pred=step > 0)
-weights = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)
+weights = gl.convert_layout({rounded}, WEIGHTS, assert_trivial=True)
 dq = start_dq(ds_sm, k_sm, slot, nought, BLOCK_D, 0, HALF)
 dq = warpgroup_mma_wait(0, deps=(dq,))
 add_dq(dq, dq_sum_ptr, tile_before, BLOCK_D, 0, HALF)
@@ -137,6 +150,8 @@ return dv, weights'''
         spec, mods = self.spec, self.mods
         text = score_lines(self.file, mods, "qk", transposed=True)
         text += probability_lines(spec, "[None, :]") if self.softmax else weight_lines(spec)
+        if not self.softmax:  # p and factor together would take too many registers
+            text += "new = p.to(q.dtype)\n"
         match spec.lowering.normalize:
             case Normalize.SOFTMAX:
                 text += "factor = p\n"
@@ -185,6 +200,9 @@ return dk'''
     # -- partitions
 
     def _main(self, tiles: Tiles) -> Function:
+        if self.spec.lowering.normalize is Normalize.NONE and self.mods.slope is None:
+            # ptxas 12.8 waits for each wgmma by itself where all factors are 1.
+            tiles.full = None
         parts = (
             self._consume(tiles, self._fold()),
             self._consume_dk(tiles, self._fold_dk()),

@@ -177,7 +177,7 @@ _OWN = re.compile(
     r"|(q|kv)_(int|float|terms|values|ends)"
     # of warp-specialised kernels
     r"|step|slot|phase|free|half|before|nought|zero|weights|slopes|after|full|stored|new|works?|words"
-    r"|(row|column|head)_\d+|.*_(sm|ring|full|done|block|after)|in_a_row|barriers|show|fold|place"
+    r"|(row|column|head)_\d+|.*_(sm|ring|full|done|block|after)|in_a_row|barriers|show|fold|place|copied"
     r"|(fold|consume)_d[kv]"
     r"|add_dq|start_dq|round_dq|clear|backward|consume|produce|blocks_of|tiles_of|read_(key|query)"
     r"|bring|arrived|release|ring_of|put|look|give|take|weigh|begin|ask|asked|found|sigmoid|gl"
