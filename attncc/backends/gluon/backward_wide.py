@@ -36,25 +36,37 @@ def show(ds, ds_sm, ds_full, slot):
 
 @gluon.jit
 def start_dq(
-    ds_sm, k_sm, slot, nought, BLOCK_D: gl.constexpr, CONSUMER: gl.constexpr, HALF: gl.constexpr
+    ds_sm,
+    k_sm,
+    slot,
+    nought,
+    BLOCK_D: gl.constexpr,
+    FIRST: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):
-    """Start this warpgroup's half of the columns of ds k."""
-    k = k_sm.index(nought).reshape([64, BLOCK_D])
-    k = k.slice(CONSUMER * (BLOCK_D // 2), BLOCK_D // 2, 1)
-    zero = gl.zeros([64, BLOCK_D // 2], gl.float32, HALF)
+    """Start some columns of ds k, [64, COLUMNS]."""
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    k = k_sm.index(nought).reshape([64, BLOCK_D]).slice(FIRST, COLUMNS, 1)
+    zero = gl.zeros([64, COLUMNS], gl.float32, PART)
     ds = ds_sm.index(slot).permute((1, 0))
     return warpgroup_mma(ds, k, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def add_dq(
-    dq, dq_sum_ptr, block, BLOCK_D: gl.constexpr, CONSUMER: gl.constexpr, HALF: gl.constexpr
+    dq,
+    dq_sum_ptr,
+    block,
+    BLOCK_D: gl.constexpr,
+    FIRST: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):
     """Add to a block's sums, each thread four numbers at a time, in the order it holds them."""
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, HALF))[:, None]
-    column = gl.arange(0, BLOCK_D // 2, layout=gl.SliceLayout(0, HALF))[None, :]
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, PART))[:, None]
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, PART))[None, :]
     thread = row // 16 * 32 + row % 8 * 4 + column // 2 % 4
-    pointers = dq_sum_ptr + (block.to(gl.int64) * 2 + CONSUMER) * (BLOCK_D * 32)
+    pointers = dq_sum_ptr + (block.to(gl.int64) * BLOCK_D + FIRST) * 64
     pointers += column // 8 * 512 + thread * 4
     gl.inline_asm_elementwise(
         "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0;",
@@ -137,9 +149,9 @@ mbarrier.arrive(factor_full.index(0))
 dv = warpgroup_mma_wait(0, deps=(dv,))
 mbarrier.arrive(dout_done.index(before % STAGES), pred=step > 0)
 weights = gl.convert_layout({rounded}, WEIGHTS, assert_trivial=True)
-dq = start_dq(ds_sm, k_sm, slot, nought, BLOCK_D, 0, HALF)
+dq = start_dq(ds_sm, k_sm, slot, nought, BLOCK_D, 128, REST)
 dq = warpgroup_mma_wait(0, deps=(dq,))
-add_dq(dq, dq_sum_ptr, tile_before, BLOCK_D, 0, HALF)
+add_dq(dq, dq_sum_ptr, tile_before, BLOCK_D, 128, REST)
 return dv, weights'''
         args = [*self.state, "step", "tile_before", *LINES, *SIGNS]
         args += ["columns", "b", "h", "kv_head", "q_tile", *(v.name for v in self.keys)]
@@ -186,11 +198,11 @@ ds = factor_sm.load(SCORES) * {less}
 ds = ds.to(q.dtype)
 slopes = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
 show(ds, ds_sm, ds_full, after)
-dq = start_dq(ds_sm, k_sm, after, nought, BLOCK_D, 1, HALF)
+dq = start_dq(ds_sm, k_sm, after, nought, BLOCK_D, 0, 128)
 mbarrier.wait(q_full.index(slot), phase)
 dk = warpgroup_mma(slopes, q, dk, is_async=True)
 dq = warpgroup_mma_wait(1, deps=(dq,))
-add_dq(dq, dq_sum_ptr, row_tile, BLOCK_D, 1, HALF)
+add_dq(dq, dq_sum_ptr, row_tile, BLOCK_D, 0, 128)
 dk = warpgroup_mma_wait(0, deps=(dk,))
 mbarrier.arrive(q_done.index(slot))
 return dk'''
@@ -235,9 +247,9 @@ if step > 0:
     dv = warpgroup_mma(weights, dout, dv, is_async=True)
     dv = warpgroup_mma_wait(0, deps=(dv,))
 mbarrier.wait(ds_full.index(step % STAGES), (step // STAGES) & 1)
-dq = start_dq(ds_sm, k_sm, step % STAGES, 0, BLOCK_D, 0, HALF)
+dq = start_dq(ds_sm, k_sm, step % STAGES, 0, BLOCK_D, 128, REST)
 dq = warpgroup_mma_wait(0, deps=(dq,))
-add_dq(dq, dq_sum_ptr, tile_before, BLOCK_D, 0, HALF)
+add_dq(dq, dq_sum_ptr, tile_before, BLOCK_D, 128, REST)
 
 # -- store through dout, which both warpgroups have done with
 stored = dout_sm.index(0)
@@ -321,8 +333,8 @@ step = 0
         body = f"""\
 SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
 SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D // 2, 16])
 WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+REST: gl.constexpr = 64 if HEAD_DIM <= 192 else 128
 # Four numbers of a thread, then those of the next: no two threads share a bank.
 {FACTORS}\
 k_sm = tiles_of(k_desc, 1)

@@ -95,7 +95,7 @@ CONSTEXPRS: tuple[str, ...] = (
 )
 CONSTEXPRS += ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "CHUNK", "WIDTH")
 CONSTEXPRS += ("STAGES", "Q_STAGES", "CONSUMERS", "CONSUMER", "REGISTERS")
-CONSTEXPRS += ("SCORES", "OUT", "OUT_ROWS", "WEIGHTS", "SUMS", "QUARTER", "HALF")
+CONSTEXPRS += ("SCORES", "OUT", "OUT_ROWS", "WEIGHTS", "SUMS", "QUARTER", "REST")
 
 
 def define(name: str, args: Sequence[str], body: str, *, kernel: bool = False) -> Function:
