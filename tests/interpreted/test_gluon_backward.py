@@ -111,9 +111,7 @@ def test_heads_of_up_to_256_columns_equal_dense(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["causal", "softcap", "s2"])
-def test_lengths_and_dims_of_up_to_256_columns(
-    name: str, lengths: Lengths, value_dim: int
-) -> None:
+def test_lengths_and_dims_of_up_to_256_columns(name: str, lengths: Lengths, value_dim: int) -> None:
     program = programs()[name]
     compare(program, bind(program, lengths), value_dim)
 
@@ -141,7 +139,9 @@ def test_more_queries_than_keys_after_a_forward_of_their_kind(name: str) -> None
 
 
 @settings(max_examples=max(25, settings.default.max_examples // 4))
-@given(strategies.programs(), bindings(1, 150), st.sampled_from((16, 72, 136)), st.sampled_from((2, 3)))
+@given(
+    strategies.programs(), bindings(1, 150), st.sampled_from((16, 72, 136)), st.sampled_from((2, 3))
+)
 def test_random_programs_equal_dense(
     program: Program, binding: Binding, value_dim: int, stages: int
 ) -> None:
@@ -150,9 +150,7 @@ def test_random_programs_equal_dense(
 
 
 @pytest.mark.parametrize("value_dim", [16, 136])
-def test_heavy_tiles_of_all_heads_go_first(
-    monkeypatch: pytest.MonkeyPatch, value_dim: int
-) -> None:
+def test_heavy_tiles_of_all_heads_go_first(monkeypatch: pytest.MonkeyPatch, value_dim: int) -> None:
     monkeypatch.setattr(launch_backward, "HEAVY", 1)
     (program,) = parse(
         "attention a():\n    mask = q_idx >= kv_idx and (q_idx - kv_idx < 40 or kv_idx < 200)\n"

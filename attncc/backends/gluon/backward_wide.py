@@ -1,19 +1,18 @@
 """Prints the warp-specialised backward kernels of a Plan for heads of more than 128 columns.
 
-A program owns 64 keys of one key head, and goes through blocks of 64 queries. The sums of dk and
-dv take the registers of a warpgroup each, so two warpgroups share out what a block needs:
+A program owns 64 keys of one key head, and goes through blocks of 64 queries. dk and dv take the
+registers of a warpgroup each, so its two warpgroups share out a block's products:
 
 - that of dv makes scores and weights, and hands over `factor`, where ds = factor * (dp - delta);
-- that of dk makes dp and ds, and hands over ds; each then adds half of the columns of dq.
+- that of dk makes dp and ds, and hands over ds. Each then makes part of the columns of dq.
 
-The first adds the weights of a block to dv, and its ds to dq, while it goes through the next.
+Weights are added to dv, and ds to the first warpgroup's part of dq, a block late: tensor cores work
+on them while it weighs the next scores.
 
-Waiting ends: with i for a block, factor(i) waits for q(i) and ds(i - 1), ds(i) for dout(i) and
-factor(i). The producer brings q(i) when dk has q(i - STAGES), which follows ds(i - STAGES); and then
-dout(i), when dv has dout(i - STAGES), which follows factor(i - STAGES + 1). All follow from earlier
-blocks in the end. They also say more than their names: who has factor(i) knows that q(i) and ds(i -
-2) have been read by the warpgroup of dv, and who has ds(i), that dout(i) and factor(i) have been by
-that of dk.
+No wait is in a circle. Of block i, `factor` waits for q, and ds of i - 1; ds waits for dout and
+`factor`. q is brought when ds of i - STAGES has been used, and then dout when `factor` of i -
+STAGES + 1 has been handed over: all wait for earlier blocks alone. Few barriers do, since who hands
+over `factor` has read q of i and ds of i - 2, and who hands over ds has read dout and `factor`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,19 @@ from attncc.backends.triton.sections import Function, Spec, define
 from attncc.ir.program import Normalize
 
 PARTS = '''
+@gluon.jit
+def start_pairs(a, b, DIM: gl.constexpr, SCORES: gl.constexpr):
+    """Start a product of keys and queries, [64, 64], without all columns that are padding."""
+    zero = gl.zeros([64, 64], gl.float32, SCORES)
+    b = b.permute((1, 0))
+    if DIM > 192:
+        return warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+    else:
+        begin = b.slice(0, 128, 0)
+        pairs = warpgroup_mma(a.slice(0, 128, 1), begin, zero, use_acc=False, is_async=True)
+        return warpgroup_mma(a.slice(128, 64, 1), b.slice(128, 64, 0), pairs, is_async=True)
+
+
 @gluon.jit
 def show(ds, ds_sm, ds_full, slot):
     """Hand a block's ds to both warpgroups."""
@@ -89,6 +101,7 @@ def copied(x):
 '''
 
 FACTORS = """\
+# Four numbers of a thread, then those of the next: no two threads share a bank.
 FACTORS: gl.constexpr = gl.SharedLinearLayout(
     [
         [0, 1], [8, 0],
@@ -97,7 +110,6 @@ FACTORS: gl.constexpr = gl.SharedLinearLayout(
     ]
 )
 """
-"""Four numbers of a thread, those of all threads, and so on: no two threads share a bank."""
 
 LINES = ("k_sm", "v_sm", "q_sm", "dout_sm", "lse_sm", "delta_sm", "ds_sm", "factor_sm")
 SIGNS = ("kv_full", "q_full", "q_done", "dout_full", "dout_done", "factor_full", "ds_full")
@@ -125,10 +137,10 @@ class _Wide(Backward):
 
     def _fold(self) -> Function:
         after = self._after_scores()
-        # Registers of the last weights, which a product reads until it is waited for, are not set.
+        # Not before dv is there: its product reads the last weights, whose registers these take.
         rounded = "p.to(q.dtype)" if self.softmax else "copied(new)"
         body = f'''\
-"""Weigh a block of queries; add the one before to dv, and to half of dq."""
+"""Weigh a block of queries; add the one before to dv, and to the last columns of dq."""
 slot = step % STAGES
 before = tl.maximum(step - 1, 0)  # of the first, whose weights are 0: itself
 nought = step & nought  # what varies in a loop is not moved out of it, and spilled
@@ -137,8 +149,7 @@ k = k_sm.index(nought).reshape([64, BLOCK_D])
 q = q_sm.index(slot).reshape([BLOCK_M, BLOCK_D])
 dout = dout_sm.index(before % STAGES).reshape([BLOCK_M, BLOCK_D])
 mbarrier.wait(q_full.index(slot), (step // STAGES) & 1)
-zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
-qk = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+qk = start_pairs(k, q, HEAD_DIM, SCORES)
 mbarrier.wait(dout_full.index(before % STAGES), (before // STAGES) & 1)
 dv = warpgroup_mma(weights, dout, dv, is_async=True)
 {after}
@@ -180,7 +191,7 @@ return dv, weights'''
             delta = "delta = delta_sm.index(slot).load(gl.SliceLayout(0, SCORES))\n"
             less = "(dp - delta[None, :])"
         body = f'''\
-"""Add a block of queries to dk, and to the other half of dq."""
+"""Add a block of queries to dk, and to the first columns of dq."""
 slot = step % STAGES
 phase = (step // STAGES) & 1
 after = (step + 1) % STAGES
@@ -189,8 +200,7 @@ v = v_sm.index(nought).reshape([64, BLOCK_D])
 q = q_sm.index(slot).reshape([BLOCK_M, BLOCK_D])
 dout = dout_sm.index(slot).reshape([BLOCK_M, BLOCK_D])
 mbarrier.wait(dout_full.index(slot), phase)
-zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
-dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+dp = start_pairs(v, dout, VALUE_DIM, SCORES)
 {delta}\
 dp = warpgroup_mma_wait(0, deps=(dp,))
 mbarrier.wait(factor_full.index(0), step & 1)
@@ -335,7 +345,6 @@ SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 1
 SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
 WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
 REST: gl.constexpr = 64 if HEAD_DIM <= 192 else 128
-# Four numbers of a thread, then those of the next: no two threads share a bank.
 {FACTORS}\
 k_sm = tiles_of(k_desc, 1)
 v_sm = tiles_of(v_desc, 1)

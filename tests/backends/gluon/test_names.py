@@ -35,6 +35,7 @@ ALONE = {
     "add_dq",
     "tiles_of",
     "copied",
+    "start_pairs",
 }
 """Functions that no parameter is in."""
 
