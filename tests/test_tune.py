@@ -256,7 +256,7 @@ def plan_of(name: str):
 @pytest.mark.parametrize("kernel", gluon.KERNELS)
 def test_warp_specialised_candidates_fit_and_are_legal(name, kernel):
     plan = plan_of(name)
-    dims = gluon.BACKWARD_DIMS if kernel == "gluon_backward" else gluon.DIMS
+    dims = gluon.DIMS
     values = dims if kernel == "gluon_forward" else ()
     for dim, value in {*((d, d) for d in dims), *product(dims, values)}:
         shape = Shape(dim, value, 2)

@@ -478,6 +478,8 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **options: Any) 
     (x,) = args
     if text.startswith("mov.b32 {"):
         return Value(x.data.real), Value(x.data.imag)
+    if text.startswith("mov.b32"):
+        return x
     if text.startswith("tanh.approx"):
         return Value(np.tanh(x.data))
     assert text.startswith("ld.global.nc.f32"), text
@@ -551,6 +553,7 @@ GL = SimpleNamespace(
     SliceLayout=_ignored,
     NVMMADistributedLayout=_ignored,
     DotOperandLayout=_ignored,
+    SharedLinearLayout=_ignored,
     SwizzledSharedLayout=_ignored,
     NVMMASharedLayout=SimpleNamespace(get_default_for=_ignored),
 )
@@ -563,7 +566,7 @@ NAMES = {
     "mbarrier": SimpleNamespace(
         MBarrierLayout=_ignored,
         init=lambda barrier, count: barrier.init(count),
-        arrive=lambda barrier: barrier.arrive(),
+        arrive=lambda barrier, pred=True: barrier.arrive() if pred else None,
         expect=lambda barrier, count: barrier.expect(count),
         wait=lambda barrier, parity: barrier.wait(parity),
     ),

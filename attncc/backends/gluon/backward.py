@@ -46,7 +46,7 @@ from attncc.passes.fold_scale import ONE
 NAMES = "backward", "round_dq"
 """The kernels of a file; one with a softmax begins with `delta`, and others with `clear`."""
 
-PARTS = '''
+COMMON = '''
 @gluon.jit
 def barriers(COUNT: gl.constexpr):
     """COUNT barriers, each for one arrival."""
@@ -61,8 +61,9 @@ def row_tile_of(q_tile, b, h, batch, heads, q_tiles):
     """The number of a block among all heads'; behind them all where no head has such queries."""
     end = batch * heads * q_tiles
     return gl.where(q_tile < q_tiles, (b * heads + h) * q_tiles + q_tile, end)
+'''
 
-
+PARTS = '''
 @gluon.jit
 def show(ds, ds_sm, my_ds, slot, CONSUMER: gl.constexpr):
     """Hand this warpgroup's half of ds to both."""
@@ -119,16 +120,16 @@ block = tl.program_id(1) * q_tiles + tl.program_id(0)
 b = tl.program_id(1) // heads
 h = tl.program_id(1) % heads
 dq_ptr += b.to(tl.int64) * dq_stride_b + h.to(tl.int64) * dq_stride_h
-for half in gl.static_range(2):
-    at = block.to(tl.int64) * 8192 + half * 4096
+for part in gl.static_range(BLOCK_M * BLOCK_D // 4096):
+    at = block.to(tl.int64) * (BLOCK_M * BLOCK_D) + part * 4096
     sums = tl.load(dq_sum_ptr + (at + gl.arange(0, 4096, layout=BITS))) * scale
     # (8 columns, warp, row, 2 columns, 8 rows, column) to rows and columns
     dq = sums.to(dq_ptr.dtype.element_ty).reshape([8, 4, 8, 4, 2, 2])
     dq = dq.permute((1, 4, 2, 0, 3, 5)).reshape([64, 64])
     dq = gl.convert_layout(dq, ROWS)
-    rows = tl.program_id(0) * BLOCK_M + half * (BLOCK_M - 64)
+    rows = tl.program_id(0) * BLOCK_M + part * 64 // BLOCK_D * 64
     rows += gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
-    d = half * (BLOCK_D - 64) + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
+    d = part * 64 % BLOCK_D + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
     n = rows.to(tl.int64)[:, None]
     keep = (rows < q_len)[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(dq_ptr + n * dq_stride_n + d[None, :], dq, mask=keep)
@@ -136,8 +137,9 @@ for half in gl.static_range(2):
 
 _CLEAR = """\
 block = tl.program_id(1) * q_tiles + tl.program_id(0)
-clear = gl.arange(0, 8192, layout=gl.BlockedLayout([4], [32], [4], [0]))
-tl.store(dq_sum_ptr + (block.to(tl.int64) * 8192 + clear), tl.cast(clear * 0, tl.float32))
+clear = gl.arange(0, BLOCK_M * BLOCK_D, layout=gl.BlockedLayout([4], [32], [4], [0]))
+clear_ptr = dq_sum_ptr + (block.to(tl.int64) * (BLOCK_M * BLOCK_D) + clear)
+tl.store(clear_ptr, tl.cast(clear * 0, tl.float32))
 """
 
 _DELTA = """\
@@ -170,12 +172,12 @@ half of ds. Warpgroups and the producer wait for earlier blocks of one another o
 COUNTS = ("full_count", "partial_count")
 
 
-def backward_source(spec: Spec) -> str:
+class Backward:
     """One readable, stand-alone file with `delta` or `clear`, `backward` and `round_dq`."""
-    return _Backward(spec).text()
 
+    parts = PARTS
+    """Functions that no parameter is in."""
 
-class _Backward:
     def __init__(self, spec: Spec) -> None:
         self.plain = File(spec)
         """Before anything was taken out of the mods."""
@@ -183,7 +185,7 @@ class _Backward:
         self.file = File(self.spec)
         self.softmax = spec.lowering.softmax
         self.mods = BackwardMods(self.file)
-        self.functions: list[Function] = [Function("", (), (), PARTS)]
+        self.functions: list[Function] = [Function("", (), (), COMMON + self.parts)]
         self.rows = [v for v in self.spec.values if beside(v) == "[None, :]"]
         self.keys = [v for v in self.spec.values if beside(v) != "[None, :]"]
         # Without turns: sums of dq that many programs add to at once stay in the L2.
@@ -230,9 +232,7 @@ class _Backward:
             self.file.functions.append(Function("add_pairs", (), (), ADD_PAIRS.lstrip()))
         if self._distances():
             self.functions.insert(1, Function("", (), (), diagonals.FUNCTIONS))
-        tiles = _Tiles(self)
-        consume = self._consume(tiles, self._fold())
-        kernels = [self._begin(), self._kernel(consume, self._produce(tiles)), self._round()]
+        kernels = [self._begin(), self._main(Tiles(self)), self._round()]
         parts = [f.text for f in (*self.functions, *kernels)]
         return dialect.text(self.file, "backward", parts)
 
@@ -343,7 +343,7 @@ return {state}'''
         text += "weights = gl.convert_layout(p.to(q.dtype), WEIGHTS, assert_trivial=True)\n"
         early = self.softmax and mods.slope is not None and not mods.gradients
         if early:  # the scores are not needed any more when dp is there
-            text += slope_lines(mods, q, kv).replace("ds", "p")
+            text += slope_lines(mods, q, kv, "p")
         if self.softmax:
             text += "delta = delta_sm.index(slot).load(gl.SliceLayout(0, SCORES))\n"
         text += """\
@@ -397,7 +397,12 @@ tl.atomic_add({name}_at, tl.sum({name}_ds, 0), mask=rows < q_len, sem="relaxed")
 
     # -- partitions
 
-    def _consume(self, tiles: _Tiles, fold: Function) -> Function:
+    def _main(self, tiles: Tiles) -> Function:
+        consume = self._consume(tiles, self._fold())
+        return self._kernel(consume, self._produce(tiles))
+
+    def _each(self, tiles: Tiles, fold: Function) -> str:
+        """Lines that fold all blocks of a query head into what a warpgroup owns."""
         sums = [name for name, _ in self.mods.sums("kv")]
         each = f"{tiles.found}\n"
         if self._distances():
@@ -429,6 +434,10 @@ tl.atomic_add({name}_at, tl.sum({name}_ds, 0), mask=rows < q_len, sem="relaxed")
         for name in sums:
             at = "(b * heads + h).to(tl.int64) * kv_len + columns"
             each += f"tl.store({name}_ptr + {at}, {name}, mask=columns < kv_len)\n"
+        return each
+
+    def _consume(self, tiles: Tiles, fold: Function) -> Function:
+        each = self._each(tiles, fold)
         body = f'''\
 """The part of a warpgroup: 64 of the tile's keys."""
 {tiles.mine}
@@ -464,7 +473,7 @@ tma.store_wait(0)'''
         args = [*LINES, *SIGNS, "dk_desc", "dv_desc", *self.known]
         return self.define("consume", [a for a in args if a != "kv_head"], body)
 
-    def _produce(self, tiles: _Tiles) -> Function:
+    def _produce(self, tiles: Tiles) -> Function:
         names = ("lse", "delta") if self.softmax else ()
         size = "q_desc.block_type.nbytes + dout_desc.block_type.nbytes"
         if names:
@@ -589,10 +598,10 @@ def tiles_of(desc, COUNT: gl.constexpr):
 """
 
 
-class _Tiles:
+class Tiles:
     """Functions that say which keys a program owns, and number their blocks of queries."""
 
-    def __init__(self, printed: _Backward) -> None:
+    def __init__(self, printed: Backward) -> None:
         found = printed.loop
         numbers = _numbers(found)
         tile = "rank"

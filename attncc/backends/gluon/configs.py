@@ -21,9 +21,6 @@ DIMS = (64, 128, 256)
 """Columns of tiles that are printed; narrower heads are padded."""
 
 
-BACKWARD_DIMS = (64, 128)
-
-
 def unsupported(dtype: str, dim: int, value_dim: int) -> str:
     """Why no kernel serves heads of such a torch dtype and dims; empty where one does."""
     if dtype not in ("bfloat16", "float16"):
@@ -43,9 +40,10 @@ def backward_unsupported(
         return reason
     if dim % 8:
         return f"its gradients' rows are multiples of 16 bytes, and q has {dim} columns"
-    if max(dim, value_dim) > BACKWARD_DIMS[-1]:
-        return f"its backward has no kernel for head dims above {BACKWARD_DIMS[-1]}"
-    if not all(gradient.by_distance for gradient in lower(plan).gradients):
+    found = lower(plan).gradients
+    if found and is_wide(max(dim, value_dim)):
+        return "its backward of such wide heads has no gradients of captured tensors"
+    if not all(gradient.by_distance for gradient in found):
         return "its backward spills where captured tensors have gradients, but by distance"
     if deterministic:
         return "its backward adds to dq in the order that programs come"
@@ -54,23 +52,27 @@ def backward_unsupported(
 
 def backward_columns(dim: int, value_dim: int) -> int:
     """Columns of all tiles of the backward."""
-    return next(n for n in BACKWARD_DIMS if n >= max(dim, value_dim))
+    return next(n for n in DIMS if n >= max(dim, value_dim))
 
 
 def backward(columns: int) -> Config:
     """The backward's schedule; with one stage, a warpgroup would wait for the other's next.
 
     Measured on an H100 with Triton 3.6, D 128: full 653 TFLOP/s, causal 594; with three stages
-    608 and 551.
+    608 and 551. Those of 256 columns fill the shared memory.
     """
-    return Config(BACKWARD_PAIRS // columns, BACKWARD_KEYS, 8, 2)
+    if is_wide(columns):
+        return Config(64, 64, 8, 2)
+    return Config(8192 // columns, BACKWARD_KEYS, 8, 2)
 
 
 BACKWARD_KEYS = 128
-"""Of a program, 64 a warpgroup."""
+"""Of a program, 64 a warpgroup; heads that are wide have 64 in all."""
 
-BACKWARD_PAIRS = 8192
-"""Numbers of a block of queries, [128, 64] or [64, 128]."""
+
+def is_wide(columns: int) -> bool:
+    """Whether warpgroups share out dk and dv, not keys."""
+    return columns > 128
 
 
 def usual(kernel: str, shape: Shape, plan: Plan, kv_len: int) -> Config:
@@ -124,6 +126,8 @@ def _forward_fits(config: Config, shape: Shape, plan: Plan) -> bool:
 def _backward_fits(config: Config, shape: Shape, plan: Plan) -> bool:
     """Its keys and values, and of each stage q, dout, ds of two warpgroups, lse and delta."""
     m, n, columns = config.block_m, config.block_n, shape.widest
+    if is_wide(columns):
+        return config == backward(columns)
     stage = 2 * shape.itemsize * m * (columns + ROWS) + 2 * 4 * m
     used = 2 * shape.itemsize * n * columns + config.num_stages * stage
     printed = config == replace(backward(columns), num_stages=config.num_stages)

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from attncc import cache
 from attncc.backends.gluon import configs
-from attncc.backends.gluon.backward import backward_source
+from attncc.backends.gluon.backward_wide import backward_source
 from attncc.backends.gluon.forward import forward_source
 from attncc.backends.triton import aot, emit
 from attncc.backends.triton.configs import Config, Shape
@@ -74,7 +74,8 @@ def sources(
     if forward:
         own[f"{found.name}_gluon_forward"] = _forward(found, call, target)[0]
     if backward:
-        own[f"{found.name}_gluon_backward"] = backward_source(found)
+        columns = configs.backward_columns(call.head_dim, call.value_dim)
+        own[f"{found.name}_gluon_backward"] = backward_source(found, columns)
     for file, mine in (("forward", forward), ("backward", backward)):
         if mine or asked == "gluon":
             texts.pop(f"{found.name}_{file}")
@@ -131,9 +132,9 @@ def _compiled_forward(plan: Plan, call: Call, target: aot.Target) -> Row:
 
 def _compiled_backward(plan: Plan, call: Call, target: aot.Target) -> Iterator[Row]:
     spec = emit.spec(plan, call.dtype, target)
-    text = backward_source(spec)
-    module = cache.load_module(cache.write_source(f"{spec.name}_gluon_backward", text))
     dim = configs.backward_columns(call.head_dim, call.value_dim)
+    text = backward_source(spec, dim)
+    module = cache.load_module(cache.write_source(f"{spec.name}_gluon_backward", text))
     config = configs.backward(dim)
     tiles = dict.fromkeys(("q", "dout"), (config.block_m, dim))
     tiles |= dict.fromkeys(("k", "v", "dk", "dv"), (configs.ROWS, dim))

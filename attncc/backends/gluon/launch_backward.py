@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attncc.backends.gluon import configs, diagonals
 from attncc.backends.gluon import launch as launch_forward
-from attncc.backends.gluon.backward import NAMES, backward_source
+from attncc.backends.gluon.backward import NAMES
+from attncc.backends.gluon.backward_wide import backward_source
 from attncc.backends.gluon.launch import described, schedule
 from attncc.backends.triton import gradients, launch
 from attncc.backends.triton.arguments import Values
@@ -67,7 +68,7 @@ class _Backward:
         batch, heads, self.q_len = q.shape[:3]
         self.q_tiles = math.ceil(self.q_len / self.rows)
         # One block more: where programs add what they have before their first block.
-        self.sums = batch * heads * self.q_tiles + 1, configs.BACKWARD_PAIRS
+        self.sums = batch * heads * self.q_tiles + 1, self.rows * self.dim
         self.padded = batch, heads, self.q_tiles * self.rows
         self.ready: dict[Hashable, Prepared | None] = {}
 
@@ -134,7 +135,7 @@ class _Backward:
     def _kernels(self) -> dict[str, Kernel]:
         run = self.run
         spec = launch.lowered(run.bound.plan, True, True, True, run.wide)
-        return run.kernels(spec, _loaded)
+        return run.kernels(spec, _loaded, self.dim)
 
     def _values(self, tensors: dict[str, Tensor]) -> Values:
         """What every kernel may name."""
@@ -202,9 +203,9 @@ HEAVY = 3
 """Times the work of the median."""
 
 
-def _loaded(spec: Spec) -> dict[str, Kernel]:
+def _loaded(spec: Spec, columns: int) -> dict[str, Kernel]:
     names = ("delta" if spec.lowering.softmax else "clear", *NAMES)
-    return load(f"{spec.name}_gluon_backward", backward_source(spec), names)
+    return load(f"{spec.name}_gluon_backward", backward_source(spec, columns), names)
 
 
 def _in_line(x: Tensor, count: int) -> Any:

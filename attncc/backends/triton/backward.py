@@ -254,11 +254,12 @@ def add_pairs(pointers, values, keep, top_ptr, FIXED_POINT: tl.constexpr):
 '''
 
 
-def slope_lines(mods: BackwardMods, q: str, kv: str) -> str:
+def slope_lines(mods: BackwardMods, q: str, kv: str, name: str = "ds") -> str:
+    """Lines that multiply what `name` holds by the score's slope."""
     if mods.slope is None:
         return ""
     value = mods.slope.call("qk", "scale", "b", "h", q, kv)
-    return f"ds = ds * {value}\nif MASKED:\n    ds = tl.where(keep, ds, 0.0)\n"
+    return f"{name} = {name} * {value}\nif MASKED:\n    {name} = tl.where(keep, {name}, 0.0)\n"
 
 
 def _kernel_kv(file: File, mods: BackwardMods, fold: Function) -> Function:

@@ -179,13 +179,14 @@ _OWN = re.compile(
     r"|.*_(head|keys|kv|list|lists|pairs|q|queries|row|slope|ds|at_\d+|(lo|hi)_\d+)"
     r"|(q|kv)_(int|float|terms|values|ends)"
     # of warp-specialised kernels
-    r"|step|slot|phase|free|half|nought|zero|weights|slopes|after|full|stored|new|works?|words"
-    r"|(row|column|head)_\d+|.*_(sm|ring|full|done|block|after)|in_a_row|barriers|show|fold|place"
+    r"|step|slot|phase|free|half|before|nought|zero|weights|slopes|after|full|stored|new|works?|words"
+    r"|(row|column|head)_\d+|.*_(sm|ring|full|done|block|after)|in_a_row|barriers|show|fold|place|copied"
+    r"|(fold|consume)_d[kv]"
     r"|add_dq|start_dq|round_dq|clear|backward|consume|produce|blocks_of|tiles_of|read_(key|query)"
     r"|bring|arrived|release|ring_of|put|look|give|take|weigh|begin|ask|asked|found|sigmoid|gl"
     r"|first|last|part|factor|counter|list_start|read_mask|gluon|tma|mbarrier|fence_async_shared"
     r"|warpgroup_mma(_wait)?|(done|ds)_\d|bh_count|heavy|dq_sum|(lse|delta)_rows|block|sums|within"
-    r"|(un)?packed|kv_column|score_at"
+    r"|(un)?packed|kv_column|score_at|(first_)?diagonal|low|high|add_diagonals|.*_sums"
 )
 
 

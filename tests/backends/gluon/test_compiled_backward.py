@@ -52,14 +52,28 @@ def check(found: dict[str, aot.Compiled], begin: str, spills: int) -> None:
         ("causal", 128, 16),
         ("packed", 128, 16),
         ("softcap", 128, 128),
-        ("relative_bias", 128, 160),
+        ("relative_bias", 128, 176),
         ("full", 64, 64),
+        ("full", 256, 0),
+        ("causal", 256, 0),
+        ("packed", 256, 32),
+        ("softcap", 256, 32),
     ],
 )
 def test_backward(name: str, dim: int, spills: int) -> None:
     check(compiled(plan_of(name), dim), "delta", spills)
 
 
-def test_backward_without_a_softmax() -> None:
-    (program,) = parse("attention near():\n    mask = q_idx >= kv_idx\n    normalize = sigmoid\n")
-    check(compiled(analyze(program), 128), "clear", 16)
+def test_factors_are_handed_over_four_at_a_time() -> None:
+    ptx = compiled(plan_of("full"), 256)["gluon_backward"].assembly
+    assert len(re.findall(r"st\.shared\.v4\.b32", ptx)) == 2 * 8, "of 32 numbers, in two loops"
+    assert len(re.findall(r"ld\.shared\.v4\.b32", ptx)) == 8
+
+
+@pytest.mark.parametrize(
+    ("normalize", "dim", "spills"), [("sigmoid", 128, 16), ("sigmoid", 256, 16), ("none", 256, 48)]
+)
+def test_backward_without_a_softmax(normalize: str, dim: int, spills: int) -> None:
+    text = f"mask = q_idx >= kv_idx\n    normalize = {normalize}"
+    (program,) = parse(f"attention near():\n    {text}\n")
+    check(compiled(analyze(program), dim), "clear", spills)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from attncc.backends.gluon.backward import backward_source
+from attncc.backends.gluon.backward_wide import backward_source
 from attncc.backends.gluon.forward import forward_source
 from attncc.backends.triton import aot, emit
 from attncc.ir.plan import Blocks, Plan
@@ -36,6 +36,12 @@ ALONE = {
     "tiles_of",
     "packed",
     "unpacked",
+    "halves",
+    "apart",
+    "add_groups",
+    "add_diagonals",
+    "copied",
+    "start_pairs",
 }
 """Functions that no parameter is in."""
 
@@ -45,8 +51,9 @@ def sources(plan: Plan) -> Iterator[str]:
     flags = (False, True)
     for consumers, out_in_q, wide in product((2, 3), flags, flags):
         yield forward_source(replace(spec, wide=wide), consumers, out_in_q)
-    for wide in flags:
-        yield backward_source(replace(spec, wide=wide))
+    captures = any(tensor.grad for tensor in plan.program.tensors)
+    for wide, columns in product(flags, (128,) if captures else (128, 256)):
+        yield backward_source(replace(spec, wide=wide), columns)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
