@@ -186,7 +186,7 @@ _OWN = re.compile(
     r"|bring|arrived|release|ring_of|put|look|give|take|weigh|begin|ask|asked|found|sigmoid|gl"
     r"|first|last|part|factor|counter|list_start|read_mask|gluon|tma|mbarrier|fence_async_shared"
     r"|warpgroup_mma(_wait)?|(done|ds)_\d|bh_count|heavy|dq_sum|(lse|delta)_rows|block|sums|within"
-    r"|(un)?packed|kv_column|score_at|(first_)?diagonal|low|high|add_diagonals|.*_sums"
+    r"|(un)?packed|kv_column|score_at|(first_)?diagonal|low|high|add_(diagonals|groups)|halves|apart|.*_sums"
 )
 
 
