@@ -33,13 +33,13 @@ PRODUCTS = {"forward", "backward_kv", "backward_q", *KERNELS}
 BACKWARD = 256
 SPILLS = {
     ("full_forward", "forward"): 8,
-    ("scattered_documents_64", "gluon_forward"): 32,
+    ("scattered_documents_64", "gluon_forward"): 48,
     ("alibi_64", "gluon_forward"): 320,
     ("softcap_256", "gluon_forward"): 32,
-    ("causal_128", "gluon_backward"): 16,
-    ("packed_64", "gluon_backward"): 256,
-    ("scattered_documents_128", "gluon_backward"): 128,
-    ("alibi_64", "gluon_backward"): 320,
+    ("causal_128", "gluon_backward"): 192,
+    ("packed_64", "gluon_backward"): 304,
+    ("scattered_documents_128", "gluon_backward"): 208,
+    ("alibi_64", "gluon_backward"): 600,
     ("softcap_128", "gluon_backward"): 128,
 }
 """Bytes allowed of what kernels keep in memory under one version or another; others nothing."""

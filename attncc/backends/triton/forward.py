@@ -70,7 +70,7 @@ class Mods:
         head = f"def row_term({', '.join((*leading, *extra))}):"
         doc = '"""What a row\'s scores lack when score_mod is given reference_row; it cancels."""'
         body = f"{doc}\nat = reference_row(q_lo, kv_len)\nown = {own}\n"
-        body += f"return {in_log2_units(file.spec, f'(own - {base})')}"
+        body += f"own -= {base}\nreturn {in_log2_units(file.spec, 'own')}"
         text = f"@triton.jit\n{head}\n{indented(body)}\n"
         self.row_term = Function("row_term", leading, extra, text)
         reference = Function("reference_row", (), (), REFERENCE_ROW.lstrip())
