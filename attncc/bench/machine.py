@@ -25,6 +25,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "multiprocessors": of.multi_processor_count,
         "memory_GiB": round(of.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         **found,
     }
