@@ -232,13 +232,15 @@ def varlen(problem: Problem) -> Contestant:
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
     starts, longest = _documents(problem, found.documents)
-    group, scale, window = problem.group, problem.scale, _window(found)
+    group = problem.group
+    options: dict[str, Any] = {"window_size": _window(found)}
+    if problem.program.scale is not None:
+        options["scale"] = problem.scale
+    if group > 1 and grouped:
+        options["enable_gqa"] = True
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options: dict[str, Any] = {"scale": scale, "window_size": window}
-        if group > 1 and grouped:
-            options["enable_gqa"] = True
-        elif group > 1:
+        if group > 1 and not grouped:
             k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         out = varlen_attn(q, k, v, starts, starts, longest, longest, **options)
         assert isinstance(out, Tensor)

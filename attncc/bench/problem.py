@@ -66,16 +66,18 @@ class Problem:
     def value(
         self, expr: Expr, positions: Mapping[str, Tensor], score: Tensor | None = None
     ) -> Tensor:
-        """An expression of the program at some pairs, unchecked."""
+        """An expression of the program at some pairs, unchecked; in float64 if the score is."""
         defaults = {p.name: p.default for p in self.program.scalars if p.default is not None}
         names = {tensor.name for tensor in self.program.tensors}
         scalars = {n: x for n, x in self.arguments.items() if n not in names}
         tensors = {n: x for n, x in self.arguments.items() if n in names}
+        double = score is not None and score.dtype is torch.float64
         env = _Traced(
             positions={**positions, "kv_head": positions["h"] // self.group},
             scalars={**defaults, **scalars, **self.lengths.sizes()},
             tensors=tensors,
             score=score,
+            dtype=torch.float64 if double else torch.float32,
             device=self.device,
         )
         return evaluate_unchecked(expr, env)

@@ -17,7 +17,7 @@ from attncc.bench.contestants import TUNED
 from attncc.bench.first_call import OWN, Job, empty_caches, first_calls
 from attncc.bench.machine import describe
 from attncc.bench.pool import outcomes
-from attncc.bench.table import DIRECTIONS, TITLES
+from attncc.bench.table import DIRECTIONS, TITLES, digits
 
 Result = dict[str, Any]
 
@@ -30,9 +30,17 @@ def measured(
     options: Options,
     tell: Callable[[str], None],
     keep: Callable[[Result], None],
+    workers: int = 0,
 ) -> Result:
-    """All rows that the time budget has room for; `keep` has what is known after each."""
+    """All rows that the time budget has room for; `keep` has what is known after each.
+
+    workers: processes that compile rows first, where there are several.
+    """
     begun = time.monotonic()
+    if workers and len(rows) > 1:
+        for failure in compile_ahead(rows, options, workers):
+            tell(failure)
+        tell(f"compiled in {time.monotonic() - begun:.0f} s")
     results: Result = {
         "machine": describe(torch.device(options.device)),
         "date": options.date,
@@ -94,7 +102,10 @@ def _compiled(job: tuple[Case, Options]) -> None:
             problem = row.shaped(shape).problem(torch.device(options.device), options.dtype)
             for make in replace(options, tuned=None).makers().values():
                 with suppress(Exception):  # the run itself tells
-                    contest.compiled(make(problem))
+                    contestant = make(problem)
+                    contest.compiled(contestant)
+                    if options.costs and contestant.plan is not None:
+                        contestant.plan()
             contest.freed()
 
 
@@ -103,7 +114,7 @@ def line(row: Result) -> str:
     text = f"{row['row']:36} {row['shape']:22}"
     results = row["results"]
     for name, found in results.items():
-        speeds = (f"{found[d]['tflops']:.1f}" for d in DIRECTIONS if d in found)
+        speeds = (digits(found[d]["tflops"]) for d in DIRECTIONS if d in found)
         text += f" {TITLES[name]} {' / '.join(speeds)}"
     if "attncc" in results and "flex" in results:
         ratios = (

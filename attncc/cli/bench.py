@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,16 +195,15 @@ def _measure(cases: list[Case], options: Options, asked: dict[str, Any]) -> None
     from attncc.bench.pool import workers_here
 
     workers = workers_here() if asked["workers"] is None else asked["workers"]
-    if options.device.startswith("cuda") and workers:
-        for failure in run.compile_ahead(cases, options, workers):
-            click.echo(failure, err=True)
+    if options.device == "cpu":
+        workers = 0  # which would disturb each other
 
     def keep(results: dict[str, Any]) -> None:
         if asked["json_file"]:
             asked["json_file"].parent.mkdir(parents=True, exist_ok=True)
             asked["json_file"].write_text(json.dumps(results, indent=1) + "\n")
 
-    results = run.measured(cases, options, lambda text: click.echo(text, err=True), keep)
+    results = run.measured(cases, options, partial(click.echo, err=True), keep, workers)
     console = Console()
     if not console.is_terminal:
         console.width = WIDE
