@@ -119,11 +119,9 @@ def test_varlen_computes_packed_documents(no_needs, monkeypatch):
 def test_varlen_repeats_heads_where_it_has_no_groups(no_needs, monkeypatch):
     from torch.nn.attention import varlen as module
 
-    def without_groups(q, k, v, cu_q, cu_k, longest_q, longest_k, *, scale, window_size):
+    def without_groups(q, k, v, cu_q, cu_k, longest_q, longest_k, *, window_size):
         assert q.shape == k.shape
-        return varlen(
-            q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=window_size
-        )
+        return varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=window_size)
 
     monkeypatch.setattr(module, "varlen_attn", without_groups)
     held("varlen", problem("packed"))

@@ -2,9 +2,10 @@ import os
 
 import torch
 
+from attncc.bench import run
 from attncc.bench.cases import Asked, Options
 from attncc.bench.first_call import CACHES, Job, empty_caches, first_calls
-from attncc.bench.rows import ROWS
+from attncc.bench.rows import ROWS, Row
 from attncc.frontend import load
 from attncc.inputs import Lengths
 from attncc.settings import settings
@@ -37,3 +38,9 @@ def test_caches_are_empty_for_a_while(monkeypatch, tmp_path):
         assert str(settings().cache_dir) == os.environ["ATTNCC_CACHE_DIR"]
     assert os.environ["TRITON_CACHE_DIR"] == "before" and "CUDA_CACHE_PATH" not in os.environ
     assert settings().cache_dir == old
+
+
+def test_rows_are_compiled_ahead_in_processes_and_failures_told():
+    rows = [ROWS[1].shaped(SMALL), Row("no such row", SMALL, "main")]
+    told = list(run.compile_ahead(rows, OPTIONS, workers=1))
+    assert [line.split(" at ")[0] for line in told] == ["no such row: KeyError"]
