@@ -52,7 +52,12 @@ def measured(
         if time.monotonic() - begun > options.time_budget:
             tell(f"stopped: the time budget of {options.time_budget:.0f} s is spent")
             break
-        results["rows"].append(_row(row, options))
+        try:
+            results["rows"].append(_row(row, options))
+        except Exception as error:  # a kernel broke the GPU's context, which no later row survives
+            results["stopped"] = f"stopped at {row.title}, {row.shape}: {contest.told(error)}"
+            tell(results["stopped"])
+            break
         tell(line(results["rows"][-1]))
         keep(results)
     return results
@@ -68,13 +73,12 @@ def _row(row: Case, options: Options) -> Result:
         result = {"row": row.title, "group": row.group, **contest.result(found, times)}
         del problem, tiny, found
         contest.freed()
-    if options.costs:
-        _add_first_calls(row, options, result)
+    _add_first_calls(row, options, result)
     return result
 
 
 def _add_first_calls(row: Case, options: Options, result: Result) -> None:
-    kinds = (False, True) if options.cold else (False,)
+    kinds = [False] * options.costs + [True] * options.cold
     names = [name for name in result["results"] if name != TUNED]
     jobs = [Job(row, name, options, cold) for cold in kinds for name in names]
     for outcome in first_calls(jobs):
@@ -130,4 +134,5 @@ def line(row: Result) -> str:
 
 def is_sound(results: Result) -> bool:
     """Whether attncc ran on every row and was right."""
-    return all("attncc" in row["results"] and TUNED not in row["wrong"] for row in results["rows"])
+    good = ("attncc" in row["results"] and TUNED not in row["wrong"] for row in results["rows"])
+    return "stopped" not in results and all(good)

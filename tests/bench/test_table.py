@@ -6,9 +6,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from rich.console import Console
 
 from attncc.bench import chart, run, table
+from attncc.bench.cases import Options
+from attncc.bench.rows import ROWS
 from attncc.errors import ArgumentError, UnsupportedError
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "h100.json"
@@ -101,6 +104,29 @@ def test_attncc_alone_decides_whether_a_run_is_sound():
     tuned = row("full", {"attncc": {}}, wrong={"tuned": "out is not finite"})
     for bad in (failed, tuned):
         assert not run.is_sound({**RESULTS, "rows": [*RESULTS["rows"], bad]})
+
+
+def test_a_row_that_breaks_ends_the_run_and_keeps_the_others(monkeypatch):
+    def measure(row, options):
+        if row.title != "full":
+            raise RuntimeError("an illegal memory access")
+        return RESULTS["rows"][0]
+
+    monkeypatch.setattr(run, "_row", measure)
+    told, kept = [], []
+    options = Options("cpu", torch.float32, ("attncc",))
+    results = run.measured(ROWS[:3], options, told.append, kept.append)
+    assert results["rows"] == [RESULTS["rows"][0]] and len(kept) == 1
+    expected = "stopped at causal, B2 H16 N8192 D128: RuntimeError: an illegal memory access"
+    assert results["stopped"] == told[-1] == expected
+    assert not run.is_sound(results)
+
+
+def test_a_spent_budget_leaves_rows():
+    options = Options("cpu", torch.float32, ("attncc",), time_budget=0.0)
+    told = []
+    assert run.measured(ROWS, options, told.append, lambda results: None)["rows"] == []
+    assert told == ["stopped: the time budget of 0 s is spent"]
 
 
 @pytest.mark.parametrize("results", [RESULTS, json.loads(RECORDED.read_text())])
