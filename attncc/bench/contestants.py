@@ -42,9 +42,9 @@ class Contestant:
     dout: Tensor
     back: Callable[[Tensor], Tensor] = lambda x: x
     plan: Callable[[], object] | None = None
-    """What new captured tensors cost before the first call..."""
+    """Plans for new captured tensors, and may call too."""
     plan_less: Callable[[], object] | None = None
-    """...together with this, where the two cannot be parted."""
+    """What `plan` does besides."""
 
     def forward(self) -> Tensor:
         return self.call(*self.inputs)
@@ -158,9 +158,17 @@ def block_mask(problem: Problem, mask: Mod) -> Any:
     tiles, n = problem.tiles, problem.lengths
     assert tiles is not None
     full = tiles == BLOCK * BLOCK
-    lists = *_lists((tiles > 0) & ~full), *_lists(full)
-    lengths = n.q_len, n.kv_len
-    return BlockMask.from_kv_blocks(*lists, BLOCK, mask, lengths)
+    count, index = _lists((tiles > 0) & ~full)
+    full_count, full_index = _lists(full)
+    return BlockMask.from_kv_blocks(
+        count,
+        index,
+        full_count,
+        full_index,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask,
+        seq_lengths=(n.q_len, n.kv_len),
+    )
 
 
 def _lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
