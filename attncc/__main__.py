@@ -2,4 +2,5 @@
 
 from attncc.cli import main
 
-main(prog_name="attncc")
+if __name__ == "__main__":  # worker processes import this file too
+    main(prog_name="attncc")

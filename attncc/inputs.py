@@ -17,6 +17,8 @@ from attncc.ir.program import Program
 MANY = 8
 """Ints that nothing is known of are smaller than this, so that equal ones meet."""
 
+GIVEN = "given"
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
@@ -33,6 +35,12 @@ class Lengths:
         """By the names that programs use."""
         return {name: getattr(self, name) for name in self.__slots__}
 
+    def __str__(self) -> str:
+        """`B1 H64/8 N32768 D128`"""
+        heads = f"{self.heads}/{self.kv_heads}" if self.kv_heads != self.heads else self.heads
+        n = f"{self.q_len}x{self.kv_len}" if self.kv_len != self.q_len else self.q_len
+        return f"B{self.batch} H{heads} N{n} D{self.head_dim}"
+
 
 @dataclass(frozen=True, slots=True)
 class Captured:
@@ -41,6 +49,11 @@ class Captured:
     tensors: Mapping[str, Tensor]
     origins: Mapping[str, str]
     rows: tuple[Row, ...] = ()
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Those that were not made up."""
+        return {name: x for name, x in self.tensors.items() if self.origins[name] == GIVEN}
 
 
 def captured(
@@ -58,7 +71,7 @@ def captured(
             raise ArgumentError(f"{program.name} captures no tensor {name!r}", hint=hint)
     sizes = {**_free_dims(program, lengths), **_given_dims(program, given), **lengths.sizes()}
     rows: tuple[Row, ...] = ()
-    tensors, origins = dict(given), dict.fromkeys(given, "given")
+    tensors, origins = dict(given), dict.fromkeys(given, GIVEN)
     for number, tensor in enumerate(program.tensors):
         if tensor.name in given:
             continue
@@ -74,12 +87,15 @@ def qkv(
     lengths: Lengths, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normal q [B, H, Q, D] and k, v [B, Hkv, KV, D]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     n = lengths
     q_shape = n.batch, n.heads, n.q_len, n.head_dim
     kv_shape = n.batch, n.kv_heads, n.kv_len, n.head_dim
-    q, k, v = (torch.randn(s, generator=generator) for s in (q_shape, kv_shape, kv_shape))
-    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+    q, k, v = (
+        torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for shape in (q_shape, kv_shape, kv_shape)
+    )
+    return q, k, v
 
 
 def _make(

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from attncc.bench.pool import outcomes, workers_here
 from benchmarks import cases
-from benchmarks.pool import outcomes, workers_here
 
 
 def main() -> int:

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from attncc.backends.triton.classify import KEYS, QUERIES
 from attncc.backends.triton.lists import ListMaker, Lists, room
+from attncc.bench.machine import describe
 from attncc.binding import Binding, bind_lengths
 from attncc.frontend import parse
 from attncc.ir.plan import Plan
 from attncc.passes import analyze
 from attncc.tiles import FULL, PARTIAL, BoundPlan
-from benchmarks.machine import describe
 
 RESULTS = Path(__file__).parent / "results"
 MEAN_DOCUMENT = 683

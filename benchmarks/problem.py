@@ -6,9 +6,9 @@ import torch
 
 import attncc
 from attncc.backends.triton.configs import Config, default
+from attncc.bench.rows import Pattern
+from attncc.inputs import Lengths
 from attncc.tuning.bench import Bench, Launch
-from benchmarks.contest import kept_by_tile
-from benchmarks.rows import Pattern, Shape
 
 PRODUCTS = {"forward": 2, "backward_kv": 4, "backward_q": 3}
 """Of a kept pair and head, each as long as the head."""
@@ -17,28 +17,12 @@ PRODUCTS = {"forward": 2, "backward_kv": 4, "backward_q": 3}
 class Problem:
     """Random inputs of one pattern, and its kernels under any schedule."""
 
-    def __init__(self, pattern: Pattern, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, pattern: Pattern, shape: Lengths, dtype: torch.dtype) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        attention = attncc.compile(pattern.program)
-        names = {param.name for param in attention.program.params}
-        given = pattern.arguments(shape, device)
-        arguments = {name: value for name, value in given.items() if name in names}
-        rng = torch.Generator(device).manual_seed(0)
-        q, k, v = (
-            torch.randn(
-                (shape.batch, heads, shape.length, shape.head_dim),
-                generator=rng,
-                device=device,
-                dtype=dtype,
-            )
-            for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-        )
-        self.bench = Bench(attention.plan(q, k, v, **arguments), q, k, v)
-        mask, _ = pattern.mods(given)
-        pairs = shape.length**2
-        if mask is not None:
-            pairs = int(kept_by_tile(mask, shape.length, device).sum())
-        self.product = 2.0 * shape.batch * shape.heads * pairs * shape.head_dim
+        problem = pattern.problem(shape, device, dtype)
+        plan = attncc.compile(problem.program).plan(*problem.inputs, **problem.arguments)
+        self.bench = Bench(plan, *problem.inputs)
+        self.product = problem.flops / 2
 
     def launch(self, kernel: str, config: Config) -> Launch:
         """One kernel under one schedule; what runs before it has run."""

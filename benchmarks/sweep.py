@@ -18,10 +18,11 @@ import torch
 
 from attncc.backends.triton.configs import KERNELS, Config, candidates, padded
 from attncc.backends.triton.configs import Shape as Limits
+from attncc.bench import rows
+from attncc.bench.machine import describe
+from attncc.bench.pool import outcomes, workers_here
+from attncc.inputs import Lengths
 from attncc.tuning.trials import AGREE, close, median, milliseconds
-from benchmarks import rows
-from benchmarks.machine import describe
-from benchmarks.pool import outcomes, workers_here
 
 PATTERNS = {
     "full": rows.FULL,
@@ -52,10 +53,10 @@ class Place:
     dtype: str
 
     @property
-    def shape(self) -> rows.Shape:
+    def shape(self) -> Lengths:
         """About the same work for every head dim."""
         length = 8192 if self.dtype != "fp32" else 4096
-        return rows.Shape(max(1, 256 // padded(self.dim)), 16, 16, length, self.dim)
+        return rows.square(max(1, 256 // padded(self.dim)), 16, 16, length, self.dim)
 
 
 @dataclass(frozen=True)

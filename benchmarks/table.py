@@ -1,4 +1,4 @@
-"""Results of benchmarks.gpu or benchmarks.cpu as tables: python -m benchmarks.table FILE."""
+"""Results of `attncc bench` or benchmarks.cpu as tables: python -m benchmarks.table FILE."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PEERS = {"attncc": "attncc", "flex": "FlexAttention", "cudnn": "cuDNN", "flash": "FA2"}
-
+from attncc.bench.table import DIRECTIONS, TITLES
 
 CPU_PEERS = {"attncc": "attncc", "flex": "FlexAttention, compiled", "sdpa": "SDPA"}
 
@@ -33,22 +32,20 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _table(shape: str, rows: list[dict[str, Any]]) -> str:
-    peers = [p for p in PEERS if any(p in row["results"] for row in rows)]
+    peers = [p for p in TITLES if any(p in row["results"] for row in rows)]
     lines = [
-        f"| {shape} | kept | {' | '.join(PEERS[p] for p in peers)} |",
+        f"| {shape} | kept | {' | '.join(TITLES[p] for p in peers)} |",
         f"|---|---|{'---|' * len(peers)}",
     ]
     for row in rows:
         cells = " | ".join(_cell(row, peer) for peer in peers)
-        wrong = " (wrong)" if row["problems"] else ""
-        lines.append(f"| {row['row']}{wrong} | {row['density']:.1%} | {cells} |")
+        lines.append(f"| {row['row']} | {row['density']:.1%} | {cells} |")
     return "\n".join(lines)
 
 
 def _cell(row: dict[str, Any], peer: str) -> str:
-    if peer not in row["results"]:
-        return "-"
-    return " / ".join(_number(row, peer, kind) for kind in row["results"][peer])
+    found = row["results"].get(peer, {})
+    return " / ".join(_number(row, peer, kind) for kind in DIRECTIONS if kind in found) or "-"
 
 
 def _number(row: dict[str, Any], peer: str, kind: str) -> str:
@@ -78,23 +75,6 @@ def _milliseconds(found: dict[str, Any], peer: str, best: float) -> str:
         return "-"
     least = found[peer]["least"]
     return f"**{least:.1f}**" if least == best else f"{least:.1f}"
-
-
-def line(row: dict[str, Any]) -> str:
-    """One row in plain text, with attncc's speed over FlexAttention's."""
-    text = f"{row['row']:36} {row['shape']:22}"
-    for peer in PEERS:
-        if peer in row["results"]:
-            speeds = (of["tflops"] for of in row["results"][peer].values())
-            text += f" {peer} {' / '.join(f'{speed:.1f}' for speed in speeds)}"
-    results = row["results"]
-    if "attncc" in results and "flex" in results:
-        ratios = (
-            results["flex"][kind]["ms"] / results["attncc"][kind]["ms"] for kind in results["flex"]
-        )
-        text += f"  = {' / '.join(f'{ratio:.2f}x' for ratio in ratios)}"
-    failed = "".join(f"\n    {name} failed: {why[:300]}" for name, why in row["failed"].items())
-    return text + failed + "".join(f"\n    WRONG: {problem}" for problem in row["problems"])
 
 
 if __name__ == "__main__":

@@ -49,13 +49,13 @@ def program(tmp_path):
 # -- start-up
 
 
-@pytest.mark.parametrize("args", [["--help"], ["check", PACKED]])
+@pytest.mark.parametrize("args", [["--help"], ["bench", "--help"], ["check", PACKED]])
 def test_light_commands_import_nothing_heavy(args):
     script = LIGHT.format(args=args) + HEAVY
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["check", PACKED]])
+@pytest.mark.parametrize("args", [["--help"], ["bench", "--help"], ["check", PACKED]])
 def test_light_commands_start_quickly(args):
     def seconds() -> float:
         before = os.times()
@@ -268,13 +268,86 @@ def test_run_names_the_documents_it_packed():
     assert ".py (" in succeed("run", PACKED, "--q-len", 300, "--device", "cpu", "--no-peers")
 
 
-def test_bench_prints_a_row_for_everyone(monkeypatch):
-    monkeypatch.setattr("attncc.peers.flex", lambda problem: "left out of this test")
-    text = succeed("bench", STREAMING, "--lengths", "64,128", "--device", "cpu", "--json")
-    rows = list(map(json.loads, text.splitlines()))
-    assert [row["length"] for row in rows] == [64] * 3 + [128] * 3
-    assert all(row["forward_ms"] > 0 and row["backward_tflops"] > 0 for row in rows[:2])
-    assert rows[2]["why"] == "left out of this test"
+def test_bench_writes_what_it_finds_of_a_file(tmp_path):
+    out = tmp_path / "new" / "b.json"
+    asked = ("--lengths", "64,128", "--head-dims", "16,32", "--heads", 2, "--set", "window=32")
+    how = ("--device", "cpu", "--peer", "sdpa", "--rounds", 1, "--rep", 1, "--speed-only")
+    text = succeed("bench", STREAMING, *asked, *how, "--date", "today", "--json", out)
+    found = json.loads(out.read_text())
+    sizes = [f"B1 H2 N{n} D{d}" for n in (64, 128) for d in (16, 32)]
+    assert [row["shape"] for row in found["rows"]] == sizes
+    assert found["date"] == "today" and found["machine"]["torch"]
+    for row in found["rows"]:
+        assert list(row["results"]) == ["attncc", "sdpa"] and row["row"] == "streaming"
+        assert all(of["backward"]["tflops"] > 0 for of in row["results"].values())
+    assert "first call" not in text and all(size in text for size in sizes)
+
+
+def test_bench_rehearses_the_table(tmp_path, monkeypatch):
+    """All of a run, tiny: who is absent, who fails, who is wrong, costs, a chart."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("attncc.cli.bench.REHEARSED", 192)
+    monkeypatch.setattr("attncc.bench.contestants.sdpa", double_of_attncc)
+    out, chart = tmp_path / "b.json", tmp_path / "b.svg"
+    rows = ("--rows", "causal documents", "--rows", "softcap", "--tuned", "--rounds", 2, "--rep", 1)
+    text = succeed("bench", "--rehearse", *rows, "--cold", "--json", out, "--chart", chart)
+    found = json.loads(out.read_text())
+    assert [row["row"] for row in found["rows"]] == ["causal documents, 12", "softcap 30, causal"]
+    for row in found["rows"]:
+        costs = {"plan_ms", "forward_host_us", "backward_host_us", "warm_s", "cold_s"}
+        assert costs <= set(row["results"]["attncc"])
+        assert len(row["results"]["attncc"]["backward"]["rounds_ms"]) == 2
+        assert set(row["results"]["flex"]) == {*costs - {"backward_host_us"}, "forward"}
+        assert row["left_out"]["varlen"] == row["left_out"]["cudnn"] == "needs a GPU"
+        assert row["left_out"]["fa4"] == "is not here: flash-attn-4 is not installed"
+        assert row["failed"]["tuned"].startswith("UnsupportedError: tune times GPU kernels")
+        assert row["wrong"]["sdpa"].startswith("out[0, 0] is off by 1 in norm")
+    for words in ("causal documents, 12, ", "FlexAttention ", "SDPA, masked WRONG: out[0, 0]"):
+        assert words in text
+    assert "cold, s" in text and "FA4 is not here: flash-attn-4 is not installed\n" in text
+    assert "softcap 30, causal" in chart.read_text()
+
+
+def double_of_attncc(problem):
+    from attncc.bench.contestants import Contestant, own
+
+    right = own(problem)
+    return Contestant(lambda q, k, v: 2 * right.call(q, k, v), right.inputs, right.dout)
+
+
+def test_bench_fails_where_attncc_does(monkeypatch):
+    monkeypatch.setattr("attncc.bench.contestants.own", double_of_attncc_itself)
+    how = ("--q-len", 64, "--device", "cpu", "--peer", "sdpa", "--quick")
+    result = invoke("bench", STREAMING, *how)
+    assert result.exit_code == 1
+    assert "attncc WRONG: out[0, 0] is off" in result.stdout
+
+
+def double_of_attncc_itself(problem):
+    from attncc.bench.contestants import Contestant, sdpa
+
+    right = sdpa(problem)
+    return Contestant(lambda q, k, v: 2 * right.call(q, k, v), right.inputs, right.dout)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--heads", 8), "--heads goes with a FILE"),
+        ((STREAMING, "--rows", "main"), "--rows goes with no FILE"),
+        (("--rehearse", "--peer", "flexx"), "there is no peer 'flexx'\n    did you mean 'flex'"),
+        (("--rehearse", "--rows", "fluff"), "no row is 'fluff'\n    groups are main, d64, wide"),
+        ((STREAMING, "--lengths", "64,many"), "--lengths is '64,many'\n    it takes numbers"),
+        (("--chart", "c.pdf"), "--chart is 'c.pdf'"),
+    ],
+)
+def test_bench_says_what_it_cannot_take(args, message):
+    assert message in fail("bench", *args)
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()")
+def test_the_table_wants_a_gpu():
+    assert "the table's rows want a GPU\n    attncc bench FILE runs on a CPU" in fail("bench")
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")

@@ -12,12 +12,13 @@ import click
 from attncc.errors import ArgumentError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from attncc.bench.problem import Problem
     from attncc.inputs import Captured, Lengths
     from attncc.ir.expr import ScalarParam
     from attncc.ir.program import Program
-    from attncc.peers import Problem
     from attncc.tiles import BoundPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,10 +41,10 @@ class Request:
         return {**self.scalars, **self.captured.tensors}
 
 
-def options(q_len: int, heads: int = 1) -> Callable[[F], F]:
+def options(q_len: int, heads: int = 1, required: bool = True) -> Callable[[F], F]:
     """Adds the options that `request` reads; `q_len` and `heads` hold where none are given."""
     added = [
-        click.argument("file", type=click.Path(path_type=Path)),
+        click.argument("file", type=click.Path(path_type=Path), required=required),
         click.option("--name", help="Which program, where FILE holds several."),
         click.option("--q-len", type=LENGTH, default=q_len, show_default=True, help="Queries."),
         click.option("--kv-len", type=LENGTH, help="Keys.  [default: as many as queries]"),
@@ -117,22 +118,36 @@ def placed(
     """The call on a device, by default the best, and q, k, v in a dtype, by default its usual."""
     import torch
 
-    from attncc.inputs import qkv
-    from attncc.peers import Problem
+    from attncc.bench.problem import Problem
+
+    where = place(device)
+    arguments = {
+        name: value.to(where) if isinstance(value, torch.Tensor) else value
+        for name, value in call.arguments.items()
+    }
+    kind = dtype_of(dtype, where)
+    problem = Problem(call.program, call.lengths, arguments, where, kind, seed=seed)
+    return problem, problem.inputs
+
+
+def place(device: str | None) -> torch.device:
+    """The device that was asked for, or the best there is."""
+    import torch
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError(
             f"there is no {device}", hint="`attncc doctor` says what there is, and why"
         )
+    return where
+
+
+def dtype_of(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The dtype that was asked for, or the usual one of a device."""
+    import torch
+
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    kind = dtypes[dtype or ("bf16" if where.type == "cuda" else "fp32")]
-    arguments = {
-        name: value.to(where) if isinstance(value, torch.Tensor) else value
-        for name, value in call.arguments.items()
-    }
-    problem = Problem(call.program, call.lengths, arguments, where)
-    return problem, qkv(call.lengths, kind, where, seed)
+    return dtypes[dtype or ("bf16" if device.type == "cuda" else "fp32")]
 
 
 def tile(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,10 +13,13 @@ from attncc.cli.request import DTYPES, Request, bound_plan, options, placed, req
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from attncc.peers import Inputs, Problem
+    from attncc.bench.problem import Problem
 
 TRIES = 2.0
 """An error of up to this many times torch's own, in the same dtype, is rounding."""
+
+ROUNDS, REP = 3, 40
+"""Turns of each, and milliseconds a turn."""
 
 
 @click.command()
@@ -37,7 +41,7 @@ def run(dtype: str | None, device: str | None, peers: bool, **asked: Any) -> Non
     attn = attncc.compile(call.program)
     with torch.no_grad():
         _check(attn, q, k, v, problem.arguments)
-    _time(problem, (q, k, v), peers)
+    _time(problem, peers)
 
 
 def _tell_documents(call: Request) -> None:
@@ -66,17 +70,26 @@ def _check(attn: Any, q: Tensor, k: Tensor, v: Tensor, arguments: Mapping[str, A
         raise click.exceptions.Exit(1)
 
 
-def _time(problem: Problem, qkv: Inputs, peers: bool) -> None:
-    from attncc.cli.bench import contestants, measure
-    from attncc.peers import device_name
+def _time(problem: Problem, peers: bool) -> None:
+    import torch
 
-    click.echo(f"\nforward on {device_name(problem.device)}, {qkv[0].dtype}, median")
+    from attncc.bench import contest, table
+    from attncc.bench.contestants import makers
+    from attncc.bench.machine import describe
+
+    names = ("attncc", "sdpa", "flex") if peers else ("attncc",)
+    with torch.no_grad():
+        found = contest.contest(problem, {name: makers()[name] for name in names})
+        times = contest.timed(found, ROUNDS, REP)
+    click.echo(f"\nforward on {describe(problem.device)['device']}, {problem.dtype}, median")
+    reasons = {**found.left_out, **found.failed, **found.wrong}
     own = 0.0
-    for name, make in contestants() if peers else contestants()[:1]:
-        found = measure(make, problem, qkv, backward=False)
-        if "why" in found:
-            click.echo(f"  {name:<14}not timed: {found['why']}")
+    for name in names:
+        title = f"  {table.TITLES[name]:<14}"
+        if name not in times:
+            click.echo(f"{title}not timed: {reasons[name]}")
             continue
-        own = own or found["forward_ms"]
-        times = f"   {found['forward_ms'] / own:.2f}x attncc's" if name != "attncc" else ""
-        click.echo(f"  {name:<14}{found['forward_ms']:9.2f} ms{times}")
+        ms = median(times[name]["forward"])
+        own = own or ms
+        times_own = f"   {ms / own:.2f}x attncc's" if name != "attncc" else ""
+        click.echo(f"{title}{ms:9.2f} ms{times_own}")

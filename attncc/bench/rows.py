@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attncc import frontend
+from attncc.bench.problem import Mod, Mods, Problem
+from attncc.errors import ArgumentError
+from attncc.inputs import Lengths
+
 Arguments = Mapping[str, Any]
-Mod = Callable[..., Tensor]
-Mods = tuple[Mod | None, Mod | None]
-"""(mask_mod, score_mod)."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """q [batch, heads, length, head_dim]; k and v have kv_heads."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    length: int
-    head_dim: int
-
-    def __str__(self) -> str:
-        heads = f"{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
-        return f"B{self.batch} H{heads} N{self.length} D{self.head_dim}"
 
 
 @dataclass(frozen=True)
@@ -37,26 +24,29 @@ class Pattern:
     title: str
     program: str
     mods: Callable[[Arguments], Mods]
-    arguments: Callable[[Shape, torch.device], dict[str, Any]] = lambda shape, device: {}
-    sdpa: str = ""
-    """"full" or "causal" where torch's scaled_dot_product_attention can do it fused."""
+    arguments: Callable[[Lengths, torch.device], dict[str, Any]] = lambda shape, device: {}
+
+    def problem(self, shape: Lengths, device: torch.device, dtype: torch.dtype) -> Problem:
+        """A call of it with random inputs."""
+        program = frontend.load(self.program)
+        given = self.arguments(shape, device)
+        names = {param.name for param in program.params}
+        arguments = {name: value for name, value in given.items() if name in names}
+        return Problem(program, shape, arguments, device, dtype, written=self.mods(given))
 
 
 @dataclass(frozen=True)
 class Row:
-    pattern: Pattern
-    shape: Shape
+    """A pattern of PATTERNS, by its title, so that rows travel to other processes."""
+
+    title: str
+    shape: Lengths
     group: str
 
-    @property
-    def name(self) -> str:
-        return f"{self.pattern.title}, {self.shape}"
+    def problem(self, device: torch.device, dtype: torch.dtype) -> Problem:
+        return PATTERNS[self.title].problem(self.shape, device, dtype)
 
-    def shrunk(self, length: int) -> Row:
-        """The same with few heads and tokens, for a machine without a GPU."""
-        heads = min(self.shape.heads, 2 * self.shape.heads // self.shape.kv_heads, 4)
-        kv_heads = max(1, heads * self.shape.kv_heads // self.shape.heads)
-        shape = Shape(1, heads, kv_heads, length, min(self.shape.head_dim, 64))
+    def shaped(self, shape: Lengths) -> Row:
         return replace(self, shape=shape)
 
 
@@ -70,30 +60,30 @@ def document_starts(length: int, count: int, seed: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), cuts.sort().values])
 
 
-def documents(seed: int, count: int = 12) -> Callable[[Shape, torch.device], dict[str, Any]]:
+def documents(seed: int, count: int = 12) -> Callable[[Lengths, torch.device], dict[str, Any]]:
     """doc[i], the document of token i, and start[d], where document d begins."""
 
-    def make(shape: Shape, device: torch.device) -> dict[str, Any]:
-        start = document_starts(shape.length, count, seed)
-        is_start = torch.zeros(shape.length, dtype=torch.int32).index_fill_(0, start, 1)
+    def make(shape: Lengths, device: torch.device) -> dict[str, Any]:
+        start = document_starts(shape.kv_len, count, seed)
+        is_start = torch.zeros(shape.kv_len, dtype=torch.int32).index_fill_(0, start, 1)
         doc = is_start.cumsum(0, dtype=torch.int32) - 1
         return {"doc": doc.to(device), "start": start.to(device, torch.int32)}
 
     return make
 
 
-def slopes(shape: Shape, device: torch.device) -> dict[str, Any]:
+def slopes(shape: Lengths, device: torch.device) -> dict[str, Any]:
     head = torch.arange(1, shape.heads + 1, device=device)
     return {"slope": torch.exp2(-8.0 * head / shape.heads)}
 
 
-def bias_table(shape: Shape, device: torch.device) -> dict[str, Any]:
+def bias_table(shape: Lengths, device: torch.device) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(2)
-    return {"bias": torch.randn(shape.heads, 2 * shape.length, generator=rng).to(device)}
+    return {"bias": torch.randn(shape.heads, 2 * shape.kv_len, generator=rng).to(device)}
 
 
-def quarter(shape: Shape, device: torch.device) -> dict[str, Any]:
-    return {"prefix": shape.length // 4}
+def quarter(shape: Lengths, device: torch.device) -> dict[str, Any]:
+    return {"prefix": shape.kv_len // 4}
 
 
 # -- patterns
@@ -121,8 +111,8 @@ DOC = "doc: int[kv_len] sorted"
 CAUSAL = "q_idx >= kv_idx"
 SAME = "doc[q_idx] == doc[kv_idx]"
 
-FULL = Pattern("full", _program("true"), lambda a: (None, None), sdpa="full")
-CAUSAL_ROW = Pattern("causal", _program(CAUSAL), _masked(_causal), sdpa="causal")
+FULL = Pattern("full", _program("true"), lambda a: (None, None))
+CAUSAL_ROW = Pattern("causal", _program(CAUSAL), _masked(_causal))
 WINDOW = Pattern(
     "causal, window 1024",
     _program(f"{CAUSAL} and q_idx - kv_idx < 1024"),
@@ -279,16 +269,39 @@ LONGCA = (
     ),
 )
 
-D128 = Shape(2, 16, 16, 8192, 128)
-D64 = Shape(4, 16, 16, 8192, 64)
-D256 = Shape(1, 16, 16, 8192, 256)
-D192 = Shape(1, 16, 16, 8192, 192)
-LONG = Shape(1, 64, 8, 32768, 128)
+
+def square(batch: int, heads: int, kv_heads: int, length: int, head_dim: int) -> Lengths:
+    """As many queries as keys."""
+    return Lengths(batch, heads, kv_heads, length, length, head_dim)
+
+
+D128 = square(2, 16, 16, 8192, 128)
+D64 = square(4, 16, 16, 8192, 64)
+D256 = square(1, 16, 16, 8192, 256)
+D192 = square(1, 16, 16, 8192, 192)
+LONG = square(1, 64, 8, 32768, 128)
 
 MAIN = (FULL, CAUSAL_ROW, WINDOW, SINKS, DOCUMENTS, PREFIX, DILATED, ALIBI, SOFTCAP, RELATIVE)
+PATTERNS = {pattern.title: pattern for pattern in (*MAIN, *LONGCA)}
 ROWS = (
-    *(Row(pattern, D128, "main") for pattern in MAIN),
-    *(Row(pattern, D64, "d64") for pattern in (FULL, CAUSAL_ROW, ALIBI)),
-    *(Row(pattern, shape, "wide") for shape in (D256, D192) for pattern in (FULL, CAUSAL_ROW)),
-    *(Row(pattern, LONG, "longca") for pattern in LONGCA),
+    *(Row(pattern.title, D128, "main") for pattern in MAIN),
+    *(Row(pattern.title, D64, "d64") for pattern in (FULL, CAUSAL_ROW, ALIBI)),
+    *(Row(p.title, shape, "wide") for shape in (D256, D192) for p in (FULL, CAUSAL_ROW)),
+    *(Row(pattern.title, LONG, "longca") for pattern in LONGCA),
 )
+GROUPS = tuple(dict.fromkeys(row.group for row in ROWS))
+
+
+def chosen(words: Sequence[str]) -> list[Row]:
+    """The rows of the groups named, and those whose title or shape holds a word; all for none."""
+    found = [row for row in ROWS if not words or any(_is_meant(row, word) for word in words)]
+    if not found:
+        raise ArgumentError(
+            f"no row is {' or '.join(map(repr, words))}",
+            hint=f"groups are {', '.join(GROUPS)}; words of titles and shapes do too",
+        )
+    return found
+
+
+def _is_meant(row: Row, word: str) -> bool:
+    return word == row.group or word in f"{row.title}, {row.shape}"

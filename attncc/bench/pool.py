@@ -31,11 +31,16 @@ def workers_here() -> int:
 
 
 def outcomes(
-    function: Callable[[Any], Any], tasks: Sequence[Any], workers: int, seconds: float
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    workers: int,
+    seconds: float,
+    fresh: bool = False,
 ) -> Iterator[Outcome]:
     """function(task) for every task, in the order in which they end.
 
-    A worker that outlasts `seconds` on a task, dies, or breaks its GPU context is replaced.
+    A worker that outlasts `seconds` on a task, dies, or breaks its GPU context is replaced; with
+    `fresh`, every worker is after its task.
     """
     waiting = list(range(len(tasks)))[::-1]
     running: dict[Connection, _Worker] = {}
@@ -49,7 +54,7 @@ def outcomes(
                 worker = running[pipe]  # type: ignore[index]
                 outcome, alive = worker.finish()
                 yield outcome
-                if alive and waiting:
+                if alive and waiting and not fresh:
                     worker.start(waiting.pop(), tasks)
                 else:
                     running.pop(worker.pipe).stop()

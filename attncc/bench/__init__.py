@@ -1,0 +1,1 @@
+"""attncc beside what else computes the same attention, in turns: what `attncc bench` runs."""
