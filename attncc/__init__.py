@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attncc.api import Attention, compile
+    from attncc.api import Attention, compile, from_mods
     from attncc.errors import (
         ArgumentError,
         AttnccError,
@@ -31,6 +31,7 @@ __all__ = [
     "ProgramValueError",
     "UnsupportedError",
     "compile",
+    "from_mods",
 ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -58,10 +58,40 @@ def compile(source: str | Path | Program, name: str | None = None) -> Attention:
     return Attention(frontend.load(source, name))
 
 
+def from_mods(
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    sorted: Sequence[str] = (),
+) -> Attention:
+    """An attention variant from functions as FlexAttention takes them.
+
+    score_mod: (score, b, h, q_idx, kv_idx) -> score; mask_mod: (b, h, q_idx, kv_idx) -> bool.
+    sorted:    captured int tensors that never fall along their last axis, by name: documents then
+               become loop bounds in closed form. A false promise is an error.
+
+    Each function runs once, on values that stand for positions. Tensors and numbers it captured
+    become parameters: calls take what they hold at the time of the call, and an argument of that
+    name in place of it. A score of -inf masks its pair. Reads out of range are errors where the
+    mask keeps the pair, negative ones too, which do not count from the end; ints do not wrap.
+
+    Raises AttnccError, with the function's own line, for what has no meaning for one pair:
+    branches on positions, writes in place, random numbers.
+    """
+    from attncc.frontend.mods import traced_mods
+
+    mods = traced_mods(score_mod, mask_mod, name, sorted)
+    return Attention(mods.program, mods.arguments)
+
+
 class Attention:
     """One compiled variant; calling it is attention with it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(
+        self, program: Program, held: Callable[[], Mapping[str, object]] | None = None
+    ) -> None:
+        """held: what parameters are that a call does not pass."""
         for param in program.params:
             if param.name in RESERVED:
                 raise ArgumentError(
@@ -71,6 +101,7 @@ class Attention:
                     span=param.span,
                 )
         self.program = program
+        self._held = held
 
     def __repr__(self) -> str:
         return f"<attncc.Attention {self.program.name}>"
@@ -134,6 +165,7 @@ class Attention:
 
         Raises ArgumentError, BoundsError, UnsupportedError.
         """
+        params = self._given(params, plan)
         call = self._call
         if torch.compiler.is_compiling():  # one graph break: kernels are chosen by values
             call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
@@ -179,7 +211,7 @@ class Attention:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The same by the dense interpreter, which defines it; in `dtype` throughout, if given."""
         self._check_lse(return_lse)
-        binding = bind(self.program, q, k, v, params)
+        binding = bind(self.program, q, k, v, self._given(params))
         with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
             out, lse = dense.attention(self.program, binding, q, k, v, dtype)
         return (out, lse) if return_lse and lse is not None else out
@@ -198,6 +230,7 @@ class Attention:
         Without tensors: q_len=, kv_len=, and batch=1, heads=1, kv_heads=heads, head_dim=64.
         tile: (queries, keys) that `.counts` counts and `print` draws; kernels choose their own.
         """
+        params = self._given(params)
         if q is not None and k is not None and v is not None:
             return self._planned(bind(self.program, q, k, v, params), tile)
         if q is not None or k is not None or v is not None:
@@ -261,7 +294,7 @@ class Attention:
         """
         if _autocasts(q):
             q, k, v = _autocast(q, k, v)
-        bound = self._bound(q, k, v, params, None)
+        bound = self._bound(q, k, v, self._given(params), None)
         with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
             found = registry.tune(bound, q, k, v, kernels, time_budget)
         for known in ("_plans", "_calls"):  # they hold schedules chosen before
@@ -279,6 +312,12 @@ class Attention:
         return plan
 
     # -- binding
+
+    def _given(self, params: dict[str, object], plan: BoundPlan | None = None) -> dict[str, object]:
+        """Arguments, and what functions captured for those that are not passed."""
+        if self._held is None or plan is not None:  # a plan has all of them
+            return params
+        return {**self._held(), **params}
 
     @cached_property
     def _plans(self) -> PlanCache:

@@ -86,6 +86,15 @@ def check_free(name: tree.Ident, taken: Mapping[str, Span]) -> None:
         raise ProgramNameError(f"{quoted(text)} is a reserved word", hint=hint, span=name.span)
 
 
+def is_free(name: str) -> bool:
+    """Whether a parameter may have the name."""
+    try:
+        check_free(tree.Ident(name, Span(1, 1)), {})
+    except ProgramNameError:
+        return False
+    return name.isidentifier() and name.isascii() and len(name) <= 64
+
+
 def unknown_value(name: str, span: Span, scope: Scope) -> ProgramNameError:
     """The error for a name that means nothing as a value here."""
     if name in scope.later:
