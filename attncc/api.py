@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -102,6 +104,9 @@ class Attention:
                 )
         self.program = program
         self._held = held
+        self._compiled = _compiled(program)
+        if held is not None:
+            _RECENT.append(self._compiled)
 
     def __repr__(self) -> str:
         return f"<attncc.Attention {self.program.name}>"
@@ -190,7 +195,7 @@ class Attention:
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         captured = isinstance(q, Tensor) and capturing(q.device)
         key = None if captured else call_key(q, k, v, params, backend, deterministic)
-        calls: Recent[Ready] = self._calls if plan is None else self._calls_of(plan)
+        calls = self._compiled.calls if plan is None else self._calls_of(plan)
         ready = calls.find(key)
         if ready is None:
             bound = self._bound(q, k, v, params, plan)
@@ -297,19 +302,13 @@ class Attention:
         bound = self._bound(q, k, v, self._given(params), None)
         with torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext():
             found = registry.tune(bound, q, k, v, kernels, time_budget)
-        for known in ("_plans", "_calls"):  # they hold schedules chosen before
-            self.__dict__.pop(known, None)
+        self._compiled.forget()  # schedules chosen before
         return found
 
-    @cached_property
+    @property
     def static(self) -> Plan:
         """What the passes found out, for any lengths and arguments."""
-        begun = time.perf_counter()
-        passes = settings().debug >= Debug.PASSES  # showing them costs more than they do
-        plan = analyze(self.program, partial(tell, Debug.PASSES) if passes else None)
-        spent = 1e3 * (time.perf_counter() - begun)
-        tell(Debug.TIMES, f"{self.program.name}: analysed in {spent:.1f} ms")
-        return plan
+        return self._compiled.static
 
     # -- binding
 
@@ -319,24 +318,15 @@ class Attention:
             return params
         return {**self._held(), **params}
 
-    @cached_property
-    def _plans(self) -> PlanCache:
-        return PlanCache(self.static)
-
     def _planned(self, binding: Binding, tile: tuple[int, int]) -> CallPlan:
         check_bounds(self.static, binding)
-        return self._plans(binding, tile)
-
-    @cached_property
-    def _calls(self) -> Recent[Ready]:
-        """By all that binding looks at: a repeated call is neither checked nor planned again."""
-        return Recent()
+        return self._compiled.plans(binding, tile)
 
     def _calls_of(self, plan: BoundPlan) -> Recent[Ready]:
         """The same of calls with a plan, which keeps them."""
-        found = plan.kept.get(self)
+        found = plan.kept.get(self._compiled)
         if not isinstance(found, Recent):
-            found = plan.kept[self] = Recent()
+            found = plan.kept[self._compiled] = Recent()
         return found
 
     def _bind_lengths(self, params: Mapping[str, object]) -> Binding:
@@ -394,6 +384,47 @@ class Attention:
                 f"return_lse: {self.program.name} has no lse, since it says "
                 f"normalize = {self.program.normalize.value}"
             )
+
+
+class _Compiled:
+    """What Attentions of equal programs share: functions traced anew are not compiled anew."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was planned and made ready."""
+        self.calls: Recent[Ready] = Recent()
+        """By all that binding looks at: a repeated call is neither checked nor planned again."""
+        self.__dict__.pop("plans", None)
+
+    @cached_property
+    def static(self) -> Plan:
+        begun = time.perf_counter()
+        passes = settings().debug >= Debug.PASSES  # showing them costs more than they do
+        plan = analyze(self.program, partial(tell, Debug.PASSES) if passes else None)
+        spent = 1e3 * (time.perf_counter() - begun)
+        tell(Debug.TIMES, f"{self.program.name}: analysed in {spent:.1f} ms")
+        return plan
+
+    @cached_property
+    def plans(self) -> PlanCache:
+        return PlanCache(self.static)
+
+
+_COMPILED: WeakValueDictionary[tuple[Program, str], _Compiled] = WeakValueDictionary()
+_RECENT: deque[_Compiled] = deque(maxlen=8)
+"""What functions were traced to last, whose Attentions may live for one call only."""
+
+
+def _compiled(program: Program) -> _Compiled:
+    """By text too, which errors show."""
+    key = program, program.source
+    found = _COMPILED.get(key)
+    if found is None:
+        found = _COMPILED[key] = _Compiled(program)
+    return found
 
 
 def _value(binding: Binding, name: str) -> object:

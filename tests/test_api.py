@@ -180,7 +180,7 @@ def test_plans_share_their_tiles_while_the_mask_stays():
     )
     for size in range(2 * KEPT):
         docs.plan(q[:, :, size:], k, v, doc=doc, bias=slopes())
-    assert len(docs._plans.kept) == KEPT
+    assert len(docs._compiled.plans.kept) == KEPT
 
 
 def test_wrong_plans(window):

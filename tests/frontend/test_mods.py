@@ -221,6 +221,7 @@ def test_an_argument_takes_the_place_of_what_was_captured() -> None:
 def test_functions_alike_share_their_program() -> None:
     first, second = (attncc.from_mods(SCORES["softcap"], window(n)) for n in (3, 4))
     assert first.program == second.program
+    assert first.static is second.static
 
 
 def test_sorted_documents_are_loop_bounds() -> None:
