@@ -21,6 +21,7 @@ from attncc.ir.expr import (
     conjunction,
     disjunction,
     kind,
+    walk,
 )
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Note, Plan, Summary, TileTest
@@ -32,6 +33,7 @@ from attncc.passes.linear import Linear, difference
 from attncc.passes.monotone import direction
 from attncc.passes.precision import same_in_any_dtype
 from attncc.passes.simplify import NEGATED, RULES, chain, flatten
+from attncc.passes.tables import indices
 
 TOKENS = Axis.Q | Axis.KV
 ZERO = Const(0)
@@ -66,10 +68,14 @@ def _tensors(expr: Expr) -> set[TensorParam]:
 
 def _losses(mask: Expr) -> Iterable[str]:
     """Why tiles may be called partial that are not."""
-    for node in postorder(mask):
+    nodes = list(postorder(mask))
+    known = {id(part) for node in nodes if indices(node) for part in walk(node)}
+    for node in nodes:
         if axes(node) & TOKENS != TOKENS:
             continue
         match node:
+            case Load(tensor) if id(node) in known:
+                yield f"{tensor.name!r} is known in tiles of at most two of its blocks a side"
             case Load(tensor):
                 yield f"{tensor.name!r} is read at both positions: nothing is known of a tile of it"
             case Apply(ops.MOD | ops.BITAND | ops.BITOR | ops.BITXOR, _):

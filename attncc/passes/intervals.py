@@ -10,6 +10,7 @@ from attncc.ir import ops
 from attncc.ir.expr import Apply, Axis, Const, Expr, Index, Load, Scalar, Score, kind
 from attncc.ir.ops import Kind, Op
 from attncc.ir.rewrite import Rewriter
+from attncc.passes import tables
 from attncc.passes.facts import FACTS, Facts
 from attncc.passes.interval_rules import RULES
 from attncc.passes.interval_rules.interval import UNSURE, WHOLE, Interval, point
@@ -69,6 +70,7 @@ class Bounder:
 
     def _waiting(self, node: Expr) -> list[Expr]:
         inner = ir.children(node) if isinstance(node, Apply) or self._ordered(node) else ()
+        inner = tables.indices(node) or inner
         return [child for child in inner if id(child) not in self.done]
 
     def _ordered(self, node: Expr) -> bool:
@@ -101,6 +103,8 @@ class Bounder:
         return self.depths[id(expr)]
 
     def _node(self, expr: Expr) -> Interval:
+        if parts := tables.indices(expr):
+            return tables.by_blocks(self, expr, [(x, self.done[id(x)][1]) for x in parts])
         match expr:
             case Const() | Scalar():
                 return self._widened(expr, point(expr))

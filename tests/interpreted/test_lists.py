@@ -192,3 +192,24 @@ def test_calls_of_one_mask_share_lists() -> None:
         binding = bind_lengths(plan.program, **sizes, arguments={"doc": doc, "bias": bias})
         made.append(key_lists(cache(binding, (128, 128)).retiled((16, 16))))
     assert made[0] is made[1]
+
+
+@pytest.mark.parametrize("tile", [(8, 4), (16, 8), (2, 16)])
+def test_tables_of_blocks(tile: tuple[int, int]) -> None:
+    text = """
+attention kinds(kind: int[heads, m, n], seg: int[tokens], keep: bool[s, s]):
+    let block = kind[h, q_idx // 8, kv_idx // 8]
+    mask = (block == 2 or block == 1 and q_idx >= kv_idx) and keep[seg[q_idx], seg[kv_idx]]
+"""
+    rng = torch.Generator().manual_seed(2)
+    tensors = {
+        "kind": torch.randint(0, 3, (2, 8, 8), generator=rng, dtype=torch.int8),
+        "seg": torch.arange(61) // 20,
+        "keep": torch.rand(4, 4, generator=rng) < 0.6,
+    }
+    bound = bound_of(text, tile, tensors=tensors)
+    classes = bound.classify()
+    assert classes.eq(EMPTY).any() and (tile == (16, 8) or classes.eq(FULL).any())
+    dense = dense_tiles(dense_mask(bound.plan.mask, bound.binding), tile)
+    assert (classes.eq(FULL) <= dense.every).all() and (dense.some <= classes.ne(EMPTY)).all()
+    check(bound, 2)
