@@ -21,8 +21,10 @@ from attncc.binding import Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
 from attncc.capture import capturing
 from attncc.errors import ArgumentError, UnsupportedError
+from attncc.ir.expr import SIZES
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
+from attncc.order import Asked, Orders
 from attncc.passes import analyze
 from attncc.plans import (
     CallPlan,
@@ -45,6 +47,7 @@ TILE = 128, 128
 RESERVED = frozenset(
     (
         *("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile"),
+        *("order", "ordered"),
         *("kernels", "time_budget", "self"),
     )
 )
@@ -126,6 +129,8 @@ class Attention:
         plan: BoundPlan | None = None,
         backend: str | None = None,
         deterministic: bool = False,
+        order: Asked = "auto",
+        ordered: bool = False,
         **params: object,
     ) -> Tensor: ...
 
@@ -140,6 +145,8 @@ class Attention:
         plan: BoundPlan | None = None,
         backend: str | None = None,
         deterministic: bool = False,
+        order: Asked = "auto",
+        ordered: bool = False,
         **params: object,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -153,6 +160,8 @@ class Attention:
         plan: BoundPlan | None = None,
         backend: str | None = None,
         deterministic: bool = False,
+        order: Asked = "auto",
+        ordered: bool = False,
         **params: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """out [B, Hq, Q, Dv] in q's dtype, and with return_lse also lse [B, Hq, Q].
@@ -167,16 +176,64 @@ class Attention:
                  that was made in the capture is shared.
         backend: "dense", "cpu", "triton" or "gluon"; by default the device's own. Never falls back.
         deterministic: gradients bitwise repeatable; also asked for by torch's own switch.
+        order:   of tokens while they are computed: "natural"; "residues", where the mask keeps
+                 pairs a multiple of a step apart; tiles of the program's axes, as (8, 16); or the
+                 positions in their order, int64 [N]. By default what a model of costs finds
+                 quickest. Results are the same but for rounding.
+        ordered: q, k and v have that order already, and so will the results; nothing is copied.
 
         Raises ArgumentError, BoundsError, UnsupportedError.
         """
         params = self._given(params, plan)
         call = self._call
+        if self._compiled.orders.known or order != "auto":
+            call = partial(self._in_order, order, ordered)
         if torch.compiler.is_compiling():  # one graph break: kernels are chosen by values
             call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         self._check_lse(return_lse)
         out, lse = call(q, k, v, params, plan, backend, deterministic)
         return (out, lse) if return_lse and lse is not None else out
+
+    def _in_order(
+        self,
+        asked: Asked,
+        ordered: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        params: Mapping[str, object],
+        plan: BoundPlan | None,
+        backend: str | None,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_call`, with tokens in another order where that was asked for, or pays."""
+        orders = self._compiled.orders
+        check_inputs(q, k, v)
+        if plan is not None:
+            _check_same(plan, q, k)
+            params = {
+                **{p.name: _value(plan.binding, p.name) for p in self.program.params},
+                **params,
+            }
+        lengths = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+        sizes = dict(zip((size.name for size in SIZES), lengths, strict=True))
+        choice = orders.choose(sizes, params, "cuda" if q.is_cuda else "cpu", asked)
+        if choice is None:
+            if ordered:
+                raise ArgumentError(
+                    "ordered=True, and this call's tokens are in their natural order",
+                    hint="say which order they have: order=(8, 16)",
+                )
+            return self._call(q, k, v, params, plan, backend, deterministic)
+        if choice.step or 0 in lengths:
+            bind(self.program, q, k, v, params)  # whose sizes the rewritten program has no more
+
+        def call(
+            program: Program, q: Tensor, k: Tensor, v: Tensor, given: dict[str, object]
+        ) -> tuple[Tensor, Tensor | None]:
+            return orders.attention(program)._call(q, k, v, given, None, backend, deterministic)
+
+        return orders.run(call, choice, q, k, v, params, ordered)
 
     def _call(
         self,
@@ -411,6 +468,23 @@ class _Compiled:
     @cached_property
     def plans(self) -> PlanCache:
         return PlanCache(self.static)
+
+    @cached_property
+    def orders(self) -> _Orders:
+        return _Orders(self.static)
+
+
+class _Orders(Orders):
+    """Orders of tokens, and what runs the programs that they make."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._attentions: dict[Program, Attention] = {}
+
+    def attention(self, program: Program) -> Attention:
+        if program not in self._attentions:
+            self._attentions[program] = Attention(program)
+        return self._attentions[program]
 
 
 _COMPILED: WeakValueDictionary[tuple[Program, str], _Compiled] = WeakValueDictionary()

@@ -40,6 +40,7 @@ def explain(shape: str, as_json: bool, svg: Path | None, png: Path | None, **ask
 def _tell(call: Request, bound: BoundPlan) -> None:
     from attncc import report
     from attncc.ir.show import show_program
+    from attncc.order import Orders
 
     click.echo(show_program(call.program))
     click.echo("\n".join(report.lines(bound.plan)))
@@ -52,6 +53,8 @@ def _tell(call: Request, bound: BoundPlan) -> None:
     click.echo("")
     click.echo("\n".join(report.tiles(bound)))
     click.echo(_lost(bound))
+    if found := Orders(bound.plan).described(bound.binding):
+        click.echo("\n".join(("order of tokens on a GPU", *(f"  {line}" for line in found))))
 
 
 def _lost(bound: BoundPlan) -> str:
@@ -69,6 +72,7 @@ def _lost(bound: BoundPlan) -> str:
 def _data(call: Request, bound: BoundPlan) -> dict[str, Any]:
     from attncc import report
     from attncc.ir.show import show_program
+    from attncc.order import Orders
 
     counts = bound.counts
     return {
@@ -82,6 +86,7 @@ def _data(call: Request, bound: BoundPlan) -> dict[str, Any]:
         "inputs": dict(call.captured.origins),
         "plan": report.data(bound.plan),
         "backend": report.backend(bound),
+        "token_order": Orders(bound.plan).described(bound.binding),
         "tiles": report.grid(bound),
     }
 
