@@ -11,6 +11,7 @@ from torch import Tensor
 
 import attncc
 from attncc.errors import ArgumentError
+from attncc.ir.plan import Blocks
 
 INF = math.inf
 PART = attncc.compile(
@@ -140,3 +141,53 @@ def test_columns_lie_after_the_keys() -> None:
     for wrong in ((more[0], more[1][:, :, :1]), (more[0][:1], more[1]), (more[0][0], more[1])):
         with pytest.raises(ArgumentError, match=r"columns for [kv] have shape"):
             attncc.append_columns(k, v, *wrong)
+
+
+COLUMNS = {
+    "weighed": "near or kv_idx >= tokens",
+    "pooled": "near or kv_idx >= tokens and (kv_idx - tokens + 1) * 16 <= q_idx - window + 1",
+    "sinks": "near or kv_idx < min(4, tokens) and q_idx >= kv_idx or kv_idx >= tokens",
+    "some heads": "near and keep[h] or q_idx >= kv_idx and kv_idx < tokens and not keep[h] or "
+    "kv_idx >= tokens",
+}
+
+
+def columns(name: str) -> attncc.Attention:
+    return attncc.compile(f"""
+attention columns(tokens: int, window: int, log_weight: float[batch, kv_heads, n] grad,
+                  keep: bool[heads]):
+    let near = q_idx >= kv_idx and q_idx - kv_idx < window and kv_idx < tokens
+    mask = {COLUMNS[name]}
+    score = score + where(kv_idx < tokens, 0.0, log_weight[b, kv_head, kv_idx - tokens])
+""")
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_cost_no_other_tile(name: str) -> None:
+    attention = columns(name)
+    keep = torch.tensor([True, False, True, True])
+    for tokens, more in ((1024, 64), (1000, 100)):
+        arguments = {"log_weight": torch.zeros(1, 4, more), "keep": keep, "window": 200}
+        plan = attention.plan(
+            q_len=tokens, kv_len=tokens + more, heads=4, tokens=tokens, tile=(64, 32), **arguments
+        )
+        assert plan.counts == plan.exact_counts()
+    ranges = attention.static.blocks is Blocks.RANGES
+    assert ranges == (name in ("weighed", "pooled")), "others have three ranges, or cases of rows"
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_equal_dense(name: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 40, 8), *[(2, 2, n, 8) for n in (40, 40, 9, 9)], (2, 2, 9)]
+    leaves = [torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in shapes]
+    q, k, v, more_k, more_v, log_weight = leaves
+    keep = torch.tensor([True, False, True, True])
+    arguments = {"tokens": 40, "window": 7, "keep": keep, "log_weight": log_weight}
+    longer = attncc.append_columns(k, v, more_k, more_v)
+    found, expected = (
+        columns(name)(q, *longer, return_lse=True, backend=backend, **arguments)
+        for backend in ("cpu", "dense")
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(*found, leaves), gradients(*expected, leaves))
