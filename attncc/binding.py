@@ -102,9 +102,7 @@ def _bind(
 
 
 def _check_value(program: Program, sizes: Mapping[str, int]) -> None:
-    if program.output is None or sizes["q_len"] == sizes["kv_len"]:
-        return
-    if VALUE in results(program.output):
+    if sizes["q_len"] != sizes["kv_len"] and VALUE in results(program.output):
         raise ArgumentError(
             f"{program.name} reads value, v at the query's own position, "
             f"but there are {sizes['q_len']} queries and {sizes['kv_len']} keys",

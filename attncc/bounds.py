@@ -17,6 +17,7 @@ from attncc.errors import BoundsError
 from attncc.ir import ops
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
 from attncc.ir.expr import (
+    RESULTS,
     TRUE,
     Apply,
     Axis,
@@ -181,10 +182,11 @@ def _key(check: Check, binding: Binding) -> Hashable:
     if any(tensor.is_inference() for tensor in read.values()):
         return None
     parts = (*_violations(check.node, binding), check.reach)
-    params = {n.param.name for e in parts for n in walk(e) if isinstance(n, Scalar)}
+    params = {n.param for e in parts for n in walk(e) if isinstance(n, Scalar)}
     shape = binding.tensors[check.node.tensor.name].shape if isinstance(check.node, Load) else ()
     lengths = (binding.batch, binding.heads, binding.kv_heads, binding.q_len, binding.kv_len)
-    scalars = tuple((name, binding.scalars[name]) for name in sorted(params))
+    names = sorted(param.name for param in params.difference(RESULTS))
+    scalars = tuple((name, binding.scalars[name]) for name in names)
     tensors = tuple((name, id(tensor), tensor._version) for name, tensor in read.items())
     return check.node, check.reach, lengths, scalars, tensors, tuple(shape), str(binding.device)
 

@@ -277,9 +277,8 @@ class _ProgramBuilder:
                 hint="write one, e.g. mask = q_idx >= kv_idx, or mask = true for all pairs",
                 span=name.span,
             )
-        if ir.LSE in ir.results(self.found.get("output", ir.TRUE)) and (
-            self.normalize is not Normalize.SOFTMAX
-        ):
+        reads_lse = ir.LSE in ir.results(self.found.get("output"))
+        if reads_lse and self.normalize is not Normalize.SOFTMAX:
             raise ProgramSyntaxError(
                 f"'output' reads lse, but normalize is {self.normalize.value}, which has none",
                 hint="leave one of the two out",

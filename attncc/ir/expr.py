@@ -257,8 +257,10 @@ def rebuild(expr: Expr, parts: tuple[Expr, ...]) -> Expr:
             return expr
 
 
-def results(expr: Expr) -> frozenset[ScalarParam]:
-    """Which of RESULTS the expression reads."""
+def results(expr: Expr | None) -> frozenset[ScalarParam]:
+    """Which of RESULTS the expression reads; of no expression, none."""
+    if expr is None:
+        return frozenset()
     return frozenset(n.param for n in walk(expr) if isinstance(n, Scalar) and n.param in RESULTS)
 
 

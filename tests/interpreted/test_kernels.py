@@ -45,7 +45,7 @@ def load(path: Path) -> Program:
 
 def bind(program: Program, lengths: Lengths) -> Binding:
     """Real values for every parameter: small scalars, so that tens of tokens show structure."""
-    if program.output is not None and VALUE in results(program.output):
+    if VALUE in results(program.output):
         lengths = replace(lengths, kv_len=lengths.q_len)
     sizes = lengths.sizes()
     scalars = {p.name: SCALARS.get(p.name, p.default) for p in program.scalars}
