@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attncc.api import Attention, compile, from_mods
+    from attncc.branches import append_columns, merge
     from attncc.errors import (
         ArgumentError,
         AttnccError,
@@ -30,16 +31,20 @@ __all__ = [
     "ProgramSyntaxError",
     "ProgramValueError",
     "UnsupportedError",
+    "append_columns",
     "compile",
     "from_mods",
+    "merge",
 ]
+
+_HOMES = {"append_columns": "attncc.branches", "merge": "attncc.branches"}
 
 
 def __getattr__(name: str) -> object:
     """Names are imported when first used, so that `import attncc` does not import torch."""
     if name not in __all__:
         raise AttributeError(f"module 'attncc' has no attribute {name!r}")
-    home = "attncc.errors" if name.endswith("Error") else "attncc.api"
+    home = "attncc.errors" if name.endswith("Error") else _HOMES.get(name, "attncc.api")
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from attncc.capture import capturing, promise
 from attncc.errors import ArgumentError, suggest
-from attncc.ir.expr import SIZES, ScalarParam, TensorParam
+from attncc.ir.expr import SIZES, VALUE, ScalarParam, TensorParam, results
 from attncc.ir.ops import Kind
 from attncc.ir.program import Program
 from attncc.ir.show import show_param
@@ -90,6 +90,7 @@ def _bind(
     program: Program, sizes: dict[str, int], arguments: Mapping[str, object], device: torch.device
 ) -> Binding:
     _check_names(program, arguments)
+    _check_value(program, sizes)
     scalars = {p.name: _scalar(p, arguments.get(p.name, p.default)) for p in program.scalars}
     known = dict(sizes)
     by_whom = dict.fromkeys(sizes, "q, k and v")
@@ -98,6 +99,15 @@ def _bind(
         tensors[param.name] = _tensor(param, arguments[param.name], device)
         _check_dims(param, tensors[param.name], known, by_whom)
     return Binding(**sizes, scalars={**sizes, **scalars}, tensors=tensors, device=device)
+
+
+def _check_value(program: Program, sizes: Mapping[str, int]) -> None:
+    if sizes["q_len"] != sizes["kv_len"] and VALUE in results(program.output):
+        raise ArgumentError(
+            f"{program.name} reads value, v at the query's own position, "
+            f"but there are {sizes['q_len']} queries and {sizes['kv_len']} keys",
+            hint="there are as many of both where tokens attend to themselves",
+        )
 
 
 # -- q, k and v

@@ -17,6 +17,7 @@ from attncc.errors import BoundsError
 from attncc.ir import ops
 from attncc.ir.evaluate import Env, evaluate, evaluate_unchecked
 from attncc.ir.expr import (
+    RESULTS,
     TRUE,
     Apply,
     Axis,
@@ -30,10 +31,12 @@ from attncc.ir.expr import (
     children,
     conjunction,
     disjunction,
+    results,
     walk,
 )
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Plan
+from attncc.ir.program import Program
 from attncc.numeric import Intervals
 
 STRIP = 1 << 22
@@ -60,9 +63,10 @@ def check_bounds(plan: Plan, binding: Binding) -> None:
     the last. Outcomes are kept by what they depend on, so that a repeated call costs nothing
     and waits for no device.
     """
-    if 0 in (binding.batch, binding.heads, binding.q_len, binding.kv_len):
+    if 0 in (binding.batch, binding.heads, binding.q_len):
         return
-    for check in checks(plan):
+    of_pairs = checks(plan) if binding.kv_len else ()
+    for check in (*of_pairs, *output_checks(plan.program)):
         try:
             _check(check, binding)
         except BoundsError as error:
@@ -72,7 +76,7 @@ def check_bounds(plan: Plan, binding: Binding) -> None:
 
 @lru_cache(maxsize=256)
 def checks(plan: Plan) -> tuple[Check, ...]:
-    """What must be checked at run time: one Check a distinct read or division."""
+    """What must be checked where there are pairs: one Check a distinct read or division."""
     reached: dict[Reader, list[Expr]] = {}
     for node, reach in _walk(plan.mask, TRUE):
         reached.setdefault(node, []).append(reach)
@@ -86,6 +90,14 @@ def checks(plan: Plan) -> tuple[Check, ...]:
         for node, conditions in reached.items()
         if node not in plan.proved_loads
     )
+
+
+@lru_cache(maxsize=256)
+def output_checks(program: Program) -> tuple[Check, ...]:
+    """What must be checked where there are queries."""
+    if program.output is None:
+        return ()
+    return tuple(Check(node, reach) for node, reach in _walk(program.output, TRUE))
 
 
 def _walk(expr: Expr, reach: Expr) -> Iterator[tuple[Reader, Expr]]:
@@ -127,14 +139,17 @@ def _guarded(node: Expr, reach: Expr) -> list[tuple[Expr, Expr]]:
 
 
 def _and(x: Expr, y: Expr) -> Expr:
-    """Both; a condition on the score, which is not known yet, counts as reachable."""
-    if _reads_score(y):
+    """Both; a condition on what is not known yet counts as reachable."""
+    if _unknown(y):
         return x
     return y if x == TRUE else conjunction((x, y))
 
 
-def _reads_score(expr: Expr) -> bool:
-    return any(isinstance(node, Score) for node in walk(expr))
+def _unknown(expr: Expr) -> str:
+    """What the expression reads that only kernels know: the score, or out; else empty."""
+    if any(isinstance(node, Score) for node in walk(expr)):
+        return "the score"
+    return " and ".join(sorted(param.name for param in results(expr)))
 
 
 # -- what an outcome depends on
@@ -167,10 +182,11 @@ def _key(check: Check, binding: Binding) -> Hashable:
     if any(tensor.is_inference() for tensor in read.values()):
         return None
     parts = (*_violations(check.node, binding), check.reach)
-    params = {n.param.name for e in parts for n in walk(e) if isinstance(n, Scalar)}
+    params = {n.param for e in parts for n in walk(e) if isinstance(n, Scalar)}
     shape = binding.tensors[check.node.tensor.name].shape if isinstance(check.node, Load) else ()
     lengths = (binding.batch, binding.heads, binding.kv_heads, binding.q_len, binding.kv_len)
-    scalars = tuple((name, binding.scalars[name]) for name in sorted(params))
+    names = sorted(param.name for param in params.difference(RESULTS))
+    scalars = tuple((name, binding.scalars[name]) for name in names)
     tensors = tuple((name, id(tensor), tensor._version) for name, tensor in read.items())
     return check.node, check.reach, lengths, scalars, tensors, tuple(shape), str(binding.device)
 
@@ -187,10 +203,10 @@ def _read(check: Check, binding: Binding) -> dict[str, Tensor]:
 
 def _run(check: Check, binding: Binding) -> None:
     open_parts = _violations(check.node, binding)
-    if any(map(_reads_score, open_parts)):
+    for unknown in filter(None, map(_unknown, open_parts)):
         raise BoundsError(
-            "an index or integer divisor that depends on the score is not known before it is used",
-            hint="keep it in range whatever the score: min(max(int(score), 0), n - 1)",
+            f"an index or integer divisor that depends on {unknown} is not known before it is used",
+            hint=f"keep it in range whatever {unknown}: min(max(int(x), 0), n - 1)",
             span=check.node.span,
         )
     if open_parts and not _clear_alone(open_parts, binding):

@@ -28,6 +28,8 @@ def lines(plan: Plan) -> list[str]:
         parts += _section("tile test", _tile_test(plan.tiles))
     parts += _section("score", _score(plan))
     parts += _section("order of work", _orders(plan))
+    if plan.program.output is not None:
+        parts += _section("output, by torch after the kernel", [show(plan.program.output)])
     parts += _section("notes", [f"{note.by}: {note.text}" for note in plan.notes])
     return parts
 
@@ -65,6 +67,7 @@ def data(plan: Plan) -> dict[str, Any]:
         },
         "query_order": plan.query_order.value,
         "key_order": plan.key_order.value,
+        "output": None if plan.program.output is None else show(plan.program.output),
         "row_terms_cancel": plan.row_terms_cancel,
         "captured": [{"declared": name, "reads": reads} for name, reads in captured(plan).items()],
         "notes": [{"by": note.by, "text": note.text} for note in plan.notes],
@@ -74,7 +77,8 @@ def data(plan: Plan) -> dict[str, Any]:
 def captured(plan: Plan) -> dict[str, str]:
     """For each captured tensor as declared: where it is read, and how reads are kept in range."""
     program = plan.program
-    exprs = [e for e in (plan.mask, plan.score, program.sink) if e is not None]
+    clauses = (plan.mask, plan.score, program.sink, program.output)
+    exprs = [e for e in clauses if e is not None]
     loads = {node: None for expr in exprs for node in walk(expr) if isinstance(node, Load)}
     found: dict[str, str] = {}
     for tensor in program.tensors:

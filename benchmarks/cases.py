@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attncc.frontend import read
+from attncc.ir.expr import VALUE, results
 from attncc.ir.program import Program
 
 HERE = Path(__file__).parent
@@ -107,11 +108,14 @@ def _dealt(values: Sequence[Any], rng: random.Random) -> Iterator[Any]:
 def _case(number: int, name: str, at: dict[str, Any]) -> Case:
     q_len, kv_len = at.pop("lengths")
     heads, kv_heads = at.pop("heads")
-    dims = {dim for tensor in programs()[name].tensors for dim in tensor.dims}
+    program = programs()[name]
+    dims = {dim for tensor in program.tensors for dim in tensor.dims}
     if q_len > kv_len and "kv_len" in dims and "q_len" not in dims:
         q_len, kv_len = kv_len, q_len  # it reads a table of keys at q_idx
     if q_len > kv_len and name == "row_gain":
         q_len, kv_len = kv_len, q_len
+    if VALUE in results(program.output):
+        kv_len = q_len
     at["value_dim"] = at["value_dim"] or at["head_dim"]
     lengths = {"q_len": q_len, "kv_len": kv_len, "heads": heads, "kv_heads": kv_heads}
     return Case(number, name, **lengths, **at)

@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncc.backends import cpu, dense
+from attncc.backends import cpu, dense, epilogue
 from attncc.binding import Binding, bind
 from attncc.ir.expr import TensorParam
 from attncc.ir.ops import Kind
@@ -150,7 +151,12 @@ def _dense(program: Program, dtype: torch.dtype) -> Attend:
 
 def _by_cpu(program: Program) -> Attend:
     plan = analyze(program)
-    return lambda binding, q, k, v: cpu.attention(BoundPlan(plan, binding, cpu.TILE), q, k, v)
+
+    def attend(binding: Binding, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        bound = BoundPlan(plan, binding, cpu.TILE)
+        return epilogue.finished(bound, partial(cpu.attention, bound))(q, k, v)
+
+    return attend
 
 
 def _by_triton(call: _Call) -> Attend:
@@ -176,7 +182,7 @@ def _by_triton(call: _Call) -> Attend:
             backward=backward,
             programs=5 if call.case.number % 2 else None,  # so that each has many tiles of work
         )
-        out, lse = autograd.attention(run, q, k, v)
+        out, lse = epilogue.finished(run.bound, partial(autograd.attention, run))(q, k, v)
         return out, lse if call.program.normalize is Normalize.SOFTMAX else None
 
     return attend

@@ -18,6 +18,9 @@ from attncc.ir.expr import (
     KV_HEAD,
     KV_IDX,
     KV_LEN,
+    LSE,
+    MEAN_VALUE,
+    OUT,
     Q_IDX,
     Q_LEN,
     TRUE,
@@ -146,6 +149,23 @@ def floats(depth: int = 3, exact: bool = True, score: bool = False) -> st.Search
     ]
     if not exact:
         choices += [_of(op, inner, size) for op in (ops.FLOORDIV, ops.MOD)]
+    return st.one_of(_one(leaves), *choices)
+
+
+@cache
+def outputs(depth: int = 3) -> st.SearchStrategy[Expr]:
+    """What an output clause may be under a softmax, finite where lse is -inf; no value."""
+    rows = st.sampled_from((Load(BIAS, (H, apply(ops.MOD, Q_IDX, Const(5)))), Load(SLOPE, (H,))))
+    results = st.sampled_from((Scalar(OUT), Scalar(OUT), Scalar(MEAN_VALUE)))
+    lse = apply(ops.SIGMOID, Scalar(LSE))
+    leaves = st.one_of(results, rows, fraction, st.sampled_from((Scalar(CAP), lse)))
+    if depth == 0:
+        return leaves
+    inner = outputs(depth - 1)
+    row = _of(ops.LT, st.just(Q_IDX), st.one_of(small, st.just(Scalar(WINDOW))))
+    condition = st.one_of(row, _of(ops.GT, st.just(Scalar(OUT)), fraction))
+    choices = [_of(op, inner, inner) for op in (ops.ADD, ops.SUB, ops.MUL, ops.MIN, ops.MAX)]
+    choices += [_of(ops.TANH, inner), _of(ops.WHERE, condition, inner, inner)]
     return st.one_of(_one(leaves), *choices)
 
 

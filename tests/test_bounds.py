@@ -50,6 +50,14 @@ FINE = {
     ),
     "divisor": (("n: int", "mask = q_idx // n == kv_idx // n"), {"n": 2}),
     "guarded divisor": (("n: int", "mask = where(n != 0, q_idx // n > kv_idx, true)"), {"n": 0}),
+    "output": (
+        ("t: float[q_len]", "mask = true", "output = t[q_idx] * out"),
+        {"t": torch.zeros(8)},
+    ),
+    "clamped out": (
+        ("t: float[4]", "mask = true", "output = t[min(max(int(out), 0), 3)]"),
+        {"t": torch.zeros(4)},
+    ),
     "divisor of one axis": (("", "mask = q_idx // (kv_idx + 1) == 0"), {}),
 }
 
@@ -74,10 +82,20 @@ WRONG = {
         {"t": torch.zeros(1)},
         "'t' is read at 1..1 along its axis 0, which has 1 elements",
     ),
+    "output": (
+        ("t: float[n]", "mask = kv_idx < 0", "output = where(q_idx > 0, t[q_idx] * out, 0.0)"),
+        {"t": torch.zeros(7)},
+        "'t' is read at 7..7 along its axis 0, which has 7 elements",
+    ),
     "score": (
         ("t: float[4]", "score = score + t[int(score)]"),
         {"t": torch.zeros(4)},
         "depends on the score is not known before it is used",
+    ),
+    "out": (
+        ("t: float[4]", "mask = true", "output = t[int(out)]"),
+        {"t": torch.zeros(4)},
+        "depends on out is not known before it is used",
     ),
     "divisor": (
         ("n: int", "mask = q_idx // n == kv_idx"),
@@ -107,7 +125,7 @@ def test_wrong(name):
     assert "^" in str(error.value)
 
 
-@pytest.mark.parametrize("name", [name for name in WRONG if name != "score"])
+@pytest.mark.parametrize("name", [name for name in WRONG if name not in ("score", "out")])
 def test_the_dense_interpreter_agrees(name):
     lines, arguments, message = WRONG[name]
     program = plan_of(*lines).program
@@ -122,6 +140,10 @@ def test_no_pair_no_error():
     plan = plan_of("t: float[n]", "score = score + t[3]")
     check(plan, q_len=0, t=torch.zeros(1))
     check(plan, kv_len=0, t=torch.zeros(1))
+    output = plan_of("t: float[n]", "mask = true", "output = out + t[q_idx]")
+    check(output, q_len=0, t=torch.zeros(1))
+    with pytest.raises(BoundsError, match=r"'t' is read at 1\.\.7"):  # rows have an output without
+        check(output, kv_len=0, t=torch.zeros(1))
 
 
 def test_what_passes_proved_is_not_checked():

@@ -28,14 +28,15 @@ def attention(
     q's, and lse the dtype computed in.
 
     Only pairs that the mask keeps exist: score, captured tensors, k and v are read nowhere else, so
-    nothing that stands at another pair, NaN included, reaches an output or a gradient.
+    nothing that stands at another pair, NaN included, reaches an output or a gradient; but the
+    output clause reads what it names at every query.
     Raises BoundsError where the program reads a captured tensor out of its range.
     """
     wide = dtype or torch.promote_types(q.dtype, torch.float32)
     group = binding.heads // binding.kv_heads
     heads = [
         [
-            _head(program, _env(binding, b, h, wide), *(x.to(wide) for x in parts))
+            _finished(program, _env(binding, b, h, wide), *(x.to(wide) for x in parts))
             for h in range(binding.heads)
             for parts in [(q[b, h], k[b, h // group], v[b, h // group])]
         ]
@@ -96,6 +97,16 @@ def _head(program: Program, env: Env, q: Tensor, k: Tensor, v: Tensor) -> tuple[
     dense = q.new_full(size, -math.inf).index_put((rows, columns), scores)
     weights, lse = _softmax(dense, sink)
     return _mix(weights[rows, columns], v, rows, columns, len(q)), lse
+
+
+def _finished(program: Program, env: Env, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One head's out [Q, Dv] as the output clause makes it, and lse [Q] as it was before."""
+    out, lse = _head(program, env, q, k, v)
+    if program.output is None:
+        return out, lse
+    mean = v.sum(0) / max(len(v), 1)
+    results = {"out": out, "lse": lse[:, None], "value": v, "mean_value": mean}
+    return evaluate(program.output, replace(env, results=results)).expand_as(out), lse
 
 
 def _at_pairs(env: Env, rows: Tensor, columns: Tensor, scores: Tensor) -> Env:

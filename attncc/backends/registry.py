@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attncc.backends import epilogue
 from attncc.backends.triton.versions import installed
 from attncc.errors import ArgumentError, UnsupportedError, suggest
 from attncc.numeric import index_bits
@@ -68,7 +69,8 @@ def _cpu(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool) -> Ready:
 
     if q.device.type != "cpu":
         raise UnsupportedError(f"the cpu backend got {q.device} tensors", hint="move them: q.cpu()")
-    return partial(cpu.attention, cpu.retiled(bound))  # sums in one order, always
+    run = partial(cpu.attention, cpu.retiled(bound))  # sums in one order, always
+    return epilogue.finished(bound, run)
 
 
 def _gpu(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool) -> Ready:
@@ -120,7 +122,7 @@ def _by_kernels(
     run = bound.kept.get(key)
     if not isinstance(run, Run):
         run = bound.kept[key] = _run(bound, q, v, deterministic, specialised)
-    return partial(attention, run)
+    return epilogue.finished(bound, partial(attention, run))
 
 
 def _run(bound: BoundPlan, q: Tensor, v: Tensor, deterministic: bool, specialised: bool) -> Run:

@@ -115,6 +115,8 @@ def flex(problem: Problem, options: Any = None) -> Contestant:
 
     if problem.program.normalize is not Normalize.SOFTMAX or problem.program.sink is not None:
         raise LeftOut("has no sinks, and no normalization but softmax")
+    if problem.program.output is not None:
+        raise LeftOut("has no output clause")
     torch._functorch.config.donated_buffer = False  # so that a backward can be run twice
     (mask, score), n, scale = problem.mods, problem.lengths, problem.scale
     blocks = None if mask is None else block_mask(problem, mask)
@@ -205,6 +207,8 @@ def sdpa(problem: Problem) -> Contestant:
     program, n = problem.program, problem.lengths
     if program.normalize is not Normalize.SOFTMAX or program.sink is not None:
         raise LeftOut("has no sinks, and no normalization but softmax")
+    if problem.program.output is not None:
+        raise LeftOut("has no output clause")
     if program.score != Score():
         raise LeftOut("has no score modification")
     if math.prod(problem.copies) * n.q_len * n.kv_len > MOST_BYTES:

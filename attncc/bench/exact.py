@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attncc.bench.contestants import Contestant
 from attncc.bench.problem import Problem
+from attncc.ir import expr as ir
 from attncc.ir.program import Normalize
 
 SLICE = 64
@@ -89,7 +90,8 @@ def _of_key_head(
     for h in range(kv_head * problem.group, (kv_head + 1) * problem.group):
         for some in torch.split(rows, CHUNK):
             queries = q[b, h, some].double().requires_grad_()
-            out = _weights(problem, queries @ keys.T * problem.scale, b, h, some) @ values
+            weights, lse = _weights(problem, queries @ keys.T * problem.scale, b, h, some)
+            out = _finished(problem, weights @ values, lse, values, b, h, some)
             dout = problem.dout[b, h, some].double()
             dq, *others = torch.autograd.grad(out, (queries, keys, values), dout)
             outs.append(out.detach())
@@ -99,8 +101,28 @@ def _of_key_head(
     return torch.cat(outs).view(shape), torch.cat(dqs).view(shape), totals[0][None], totals[1][None]
 
 
-def _weights(problem: Problem, scores: Tensor, b: int, h: int, rows: Tensor) -> Tensor:
-    """[rows, KV]: what each key's value counts for each query, 0 where it is masked."""
+def _finished(
+    problem: Problem, out: Tensor, lse: Tensor, values: Tensor, b: int, h: int, rows: Tensor
+) -> Tensor:
+    """The rows' out [rows, D] as the output clause makes it."""
+    clause = problem.program.output
+    if clause is None:
+        return out
+    numbers = (torch.tensor(x, device=problem.device) for x in (b, h))
+    at = dict(zip(("b", "h", "q_idx"), (*numbers, rows[:, None]), strict=True))
+    found = {"out": out, "lse": lse, "mean_value": values.mean(0)}
+    if ir.VALUE in ir.results(clause):
+        found["value"] = values[rows]
+    return problem.value(clause, at, results=found).expand_as(out)
+
+
+def _weights(
+    problem: Problem, scores: Tensor, b: int, h: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[rows, KV]: what each key's value counts for each query, 0 where it is masked; lse [rows, 1].
+
+    A lse is NaN where there is none.
+    """
     (mask, score), program = problem.mods, problem.program
     keys = torch.arange(scores.shape[1], device=problem.device)[None, :]
     batch, head = (torch.tensor(x, device=problem.device) for x in (b, h))
@@ -110,14 +132,15 @@ def _weights(problem: Problem, scores: Tensor, b: int, h: int, rows: Tensor) -> 
         kept = mask(*at).expand(scores.shape)
     if score is not None:
         scores = score(scores, *at)
-    if program.normalize is Normalize.NONE:
-        return torch.where(kept, scores, 0.0)
-    if program.normalize is Normalize.SIGMOID:
-        return torch.where(kept, scores.sigmoid(), 0.0)
+    if program.normalize is not Normalize.SOFTMAX:
+        weights = scores.sigmoid() if program.normalize is Normalize.SIGMOID else scores
+        return torch.where(kept, weights, 0.0), scores.new_full((len(rows), 1), math.nan)
     logits = torch.where(kept, scores, -math.inf)
     if program.sink is not None:
         sink = problem.value(program.sink, {"b": batch, "h": head}).to(logits)
         logits = torch.cat([logits, sink.expand(len(rows), 1)], dim=1)
     empty = ~kept.any(dim=1, keepdim=True)
-    weights = torch.where(empty, 0.0, logits).softmax(dim=1)[:, : scores.shape[1]]
-    return torch.where(kept, weights, 0.0)
+    logits = torch.where(empty, 0.0, logits)
+    lse = torch.where(empty, -math.inf, logits.logsumexp(dim=1, keepdim=True))
+    weights = logits.softmax(dim=1)[:, : scores.shape[1]]
+    return torch.where(kept, weights, 0.0), lse

@@ -42,11 +42,13 @@ class Form:
 def form(problem: Problem) -> Form | None:
     """How a program with a plain softmax over q . k masks, where it is by a Form.
 
-    None for other masks, scores and sinks; for a window that is not causal; for documents not
-    declared sorted; and, unless all is kept, for other numbers of queries than of keys.
+    None for other masks, scores, sinks and outputs; for a window that is not causal; for documents
+    not declared sorted; and, unless all is kept, for other numbers of queries than of keys.
     """
     program, n = problem.program, problem.lengths
     if program.normalize is not Normalize.SOFTMAX or program.sink or program.score != Score():
+        return None
+    if program.output is not None:
         return None
     causal, window, documents = False, None, None
     for part in _conjuncts(program.mask):

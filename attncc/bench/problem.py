@@ -64,14 +64,21 @@ class Problem:
     # -- what the program says of a pair
 
     def value(
-        self, expr: Expr, positions: Mapping[str, Tensor], score: Tensor | None = None
+        self,
+        expr: Expr,
+        positions: Mapping[str, Tensor],
+        score: Tensor | None = None,
+        results: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """An expression of the program at some pairs, unchecked; in float64 if the score is."""
+        """An expression of the program at some pairs, or rows with results, unchecked.
+
+        In float64 with results, or if the score is.
+        """
         defaults = {p.name: p.default for p in self.program.scalars if p.default is not None}
         names = {tensor.name for tensor in self.program.tensors}
         scalars = {n: x for n, x in self.arguments.items() if n not in names}
         tensors = {n: x for n, x in self.arguments.items() if n in names}
-        double = score is not None and score.dtype is torch.float64
+        double = bool(results) or (score is not None and score.dtype is torch.float64)
         env = _Traced(
             positions={**positions, "kv_head": positions["h"] // self.group},
             scalars={**defaults, **scalars, **self.lengths.sizes()},
@@ -79,6 +86,7 @@ class Problem:
             score=score,
             dtype=torch.float64 if double else torch.float32,
             device=self.device,
+            results=results or {},
         )
         return evaluate_unchecked(expr, env)
 

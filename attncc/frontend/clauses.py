@@ -63,7 +63,17 @@ def _sink(value: ir.Expr, span: Span) -> ir.Expr:
     return _number("sink", value, span)
 
 
-CHECKS = {"mask": _mask, "score": _score, "scale": _scale, "sink": _sink}
+def _output(value: ir.Expr, span: Span) -> ir.Expr:
+    if ir.axes(value) & Axis.KV:
+        raise KindError(
+            "output depends on kv_idx or score; it is made of a query's own result",
+            hint="write e.g. output = gate[b, h, q_idx] * out",
+            span=_varying(value, Axis.B | Axis.H | Axis.Q, span),
+        )
+    return _number("output", value, span)
+
+
+CHECKS = {"mask": _mask, "score": _score, "scale": _scale, "sink": _sink, "output": _output}
 
 
 def _number(clause: str, value: ir.Expr, span: Span) -> ir.Expr:

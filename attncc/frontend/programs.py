@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from attncc.errors import (
     AttnccError,
@@ -19,6 +20,7 @@ from attncc.frontend.scope import (
     BUILTIN_VALUES,
     CLAUSES,
     GRID_BASES,
+    OUTPUT_VALUES,
     SIZE_NAMES,
     Function,
     Scope,
@@ -93,6 +95,7 @@ class _ProgramBuilder:
             sink=self.found.get("sink"),
             normalize=self.normalize,
             grid=self.grid,
+            output=self.found.get("output"),
             comment=comment,
             span=self.node.name.span,
         )
@@ -189,6 +192,16 @@ class _ProgramBuilder:
     def _scope(self) -> Scope:
         return Scope(self.values, self.functions, self.coordinates, self.later, self.dims)
 
+    def _output_scope(self) -> Scope:
+        for name in OUTPUT_VALUES:
+            if name in self.taken:
+                raise ProgramNameError(
+                    f"'{name}' is a name of the output clause",
+                    hint="choose another name, here or without an output clause",
+                    span=self.taken[name],
+                )
+        return replace(self._scope(), values={**self.values, **OUTPUT_VALUES})
+
     def _let(self, name: tree.Ident, value: tree.Expr) -> None:
         self._take(name)
         if name.name in self.dims:
@@ -244,7 +257,8 @@ class _ProgramBuilder:
         if name == "normalize":
             self.normalize = normalize_of(node.value)
             return
-        value = self.resolver.expr(node.value, self._scope())
+        scope = self._output_scope() if name == "output" else self._scope()
+        value = self.resolver.expr(node.value, scope)
         self.found[name] = CHECKS[name](value, node.value.span)
 
     def _unknown_clause(self, node: tree.Clause) -> AttnccError:
@@ -262,6 +276,13 @@ class _ProgramBuilder:
                 f"'{name.name}' has neither a mask nor a score",
                 hint="write one, e.g. mask = q_idx >= kv_idx, or mask = true for all pairs",
                 span=name.span,
+            )
+        reads_lse = ir.LSE in ir.results(self.found.get("output"))
+        if reads_lse and self.normalize is not Normalize.SOFTMAX:
+            raise ProgramSyntaxError(
+                f"'output' reads lse, but normalize is {self.normalize.value}, which has none",
+                hint="leave one of the two out",
+                span=self.clauses["output"].name.span,
             )
         if "sink" in self.clauses and self.normalize is not Normalize.SOFTMAX:
             raise ProgramSyntaxError(

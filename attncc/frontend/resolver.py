@@ -20,6 +20,7 @@ from attncc.frontend.scope import (
     BUILTIN_FUNCTIONS,
     BUILTIN_VALUES,
     GRID_BASES,
+    OUTPUT_VALUES,
     Function,
     Scope,
     Value,
@@ -109,7 +110,7 @@ class Resolver:
                 hint=f"index it: {indexed(value)}",
                 span=self._span(span),
             )
-        if name in BUILTIN_VALUES:
+        if name in BUILTIN_VALUES or value == OUTPUT_VALUES.get(name):
             return _placed(value, self._span(span))
         return value
 

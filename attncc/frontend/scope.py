@@ -19,9 +19,11 @@ BUILTIN_VALUES: Mapping[str, Value] = {
     **{size.name: ir.Scalar(size) for size in ir.SIZES},
     "score": ir.Score(),
 }
+OUTPUT_VALUES: Mapping[str, ir.Expr] = {param.name: ir.Scalar(param) for param in ir.RESULTS}
+"""Names that the output clause alone reads."""
 BUILTIN_FUNCTIONS: Mapping[str, Op] = {op.symbol: op for op in OPS if op.form is Form.CALL}
 SIZE_NAMES = frozenset(size.name for size in ir.SIZES)
-CLAUSES = ("mask", "score", "scale", "sink", "normalize")
+CLAUSES = ("mask", "score", "scale", "sink", "normalize", "output")
 GRID_BASES: Mapping[str, ir.Expr] = {"q": ir.Q_IDX, "kv": ir.KV_IDX}
 _KEYWORDS = {
     *("attention", "def", "from", "import", "as", "let", "axes", "and", "or", "not"),
@@ -162,6 +164,9 @@ _FOREIGN = {
     "clamp": "write min(max(x, lo), hi)",
     "ceil": "write -floor(-x); of ints, -(-x // n)",
     "relu": "write max(x, 0)",
+    **dict.fromkeys(
+        OUTPUT_VALUES, "the output clause alone reads it; a def takes it as an argument"
+    ),
 }
 
 

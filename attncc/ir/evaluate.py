@@ -24,6 +24,7 @@ class Env:
     tensors:   captured tensor name to its tensor.
     score:     q . k * scale, or None where no score is in scope.
     dtype:     the dtype floats are computed in.
+    results:   what an output clause reads, by name, floats of `dtype`.
     """
 
     positions: Mapping[str, Tensor]
@@ -32,6 +33,7 @@ class Env:
     score: Tensor | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
+    results: Mapping[str, Tensor] = field(default_factory=dict)
 
     def number(self, value: bool | int | float) -> Tensor:
         """A 0-d tensor of the value's kind, filled on the device: a copy would wait for it."""
@@ -78,6 +80,8 @@ class _Walk:
                 return env.number(value)
             case Index(name):
                 return env.positions[name]
+            case Scalar(param) if param.name in env.results:
+                return env.results[param.name]
             case Scalar(param):
                 value = env.scalars[param.name]
                 return env.number(float(value) if param.kind is Kind.FLOAT else value)

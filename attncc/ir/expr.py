@@ -32,7 +32,7 @@ class Axis(Flag):
 
 @dataclass(frozen=True, slots=True)
 class ScalarParam:
-    """A run-time number: a parameter of the program, or one of SIZES."""
+    """A run-time number: a parameter of the program, one of SIZES, or one of RESULTS."""
 
     name: str
     kind: Kind
@@ -82,7 +82,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """The value of a scalar parameter or of a size."""
+    """The value of a scalar parameter, of a size, or of one of RESULTS."""
 
     param: ScalarParam
     span: Span | None = field(default=None, compare=False, repr=False)
@@ -183,6 +183,13 @@ KV_LEN = ScalarParam("kv_len", Kind.INT)
 HEAD_DIM = ScalarParam("head_dim", Kind.INT)
 SIZES: tuple[ScalarParam, ...] = (BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, HEAD_DIM)
 
+# What an output clause reads besides: elements of a query's own result, and of values.
+OUT = ScalarParam("out", Kind.FLOAT)
+LSE = ScalarParam("lse", Kind.FLOAT)
+VALUE = ScalarParam("value", Kind.FLOAT)
+MEAN_VALUE = ScalarParam("mean_value", Kind.FLOAT)
+RESULTS: tuple[ScalarParam, ...] = (OUT, LSE, VALUE, MEAN_VALUE)
+
 TRUE = Const(True)
 FALSE = Const(False)
 
@@ -248,6 +255,13 @@ def rebuild(expr: Expr, parts: tuple[Expr, ...]) -> Expr:
             return Apply(op, parts, span)
         case _:
             return expr
+
+
+def results(expr: Expr | None) -> frozenset[ScalarParam]:
+    """Which of RESULTS the expression reads; of no expression, none."""
+    if expr is None:
+        return frozenset()
+    return frozenset(n.param for n in walk(expr) if isinstance(n, Scalar) and n.param in RESULTS)
 
 
 def walk(expr: Expr) -> Iterator[Expr]:

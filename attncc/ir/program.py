@@ -34,6 +34,7 @@ class Program:
     score: float over (score, b, h, q_idx, kv_idx).
     scale: float over scalars and sizes, or None for 1 / sqrt(head_dim).
     sink:  float over (b, h), an extra logit in the softmax denominator, or None.
+    output: float over (b, h, q_idx) and RESULTS, each element of out that a call returns, or None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Program:
     sink: Expr | None = None
     normalize: Normalize = Normalize.SOFTMAX
     grid: tuple[GridAxis, ...] = ()
+    output: Expr | None = None
     comment: str = field(default="", compare=False)
     """The comment lines above the declaration, without their '#'."""
     source: str = field(default="", compare=False, repr=False)

@@ -80,6 +80,8 @@ def _clauses(program: Program, names: Names) -> list[tuple[str, str]]:
         found.append(("sink", show(program.sink)))
     if program.normalize is not Normalize.SOFTMAX:
         found.append(("normalize", program.normalize.value))
+    if program.output is not None:
+        found.append(("output", show(program.output, names)))
     return found
 
 

@@ -163,7 +163,12 @@ def _ordered(found: Residues, step: int, one_sequence: bool, ragged: bool) -> _O
 
 
 def find(program: Program, mask: Expr) -> Residues | None:
-    """The step of a simplified mask whose every pair is a multiple of it apart, if it has one."""
+    """The step of a simplified mask whose every pair is a multiple of it apart, if it has one.
+
+    None for a program with an output clause, which may read the mean of all values.
+    """
+    if program.output is not None:
+        return None
     parts = list(flatten(ops.AND, mask))
     for part in parts:
         step = _step(part)

@@ -35,6 +35,7 @@ def over(program: Program, values: Values, params: tuple[Param, ...], mask: Expr
         score=score,
         scale=moved(program.scale),
         sink=moved(program.sink),
+        output=moved(program.output),
         grid=(),
         comment="",
         source="",

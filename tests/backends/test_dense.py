@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attncc.backends.dense import attention
 from attncc.binding import bind
-from attncc.errors import BoundsError
+from attncc.errors import ArgumentError, BoundsError
 from attncc.frontend import parse
 from attncc.ir.program import Program
 
@@ -112,7 +112,56 @@ def test_documents_and_heads():
     same(run(found, q, k, v, doc=doc, width=width), mixed(scores.softmax(-1), v))
 
 
+def test_output_clauses():
+    q, k, v = inputs(8, 8)
+    kept = torch.arange(8)[:, None] > torch.arange(8)
+    scores = scores_of(q, k).masked_fill(~kept, -INF)
+    raw, lse = mixed(scores.softmax(-1).nan_to_num(), v), scores.logsumexp(-1)
+    values = v.repeat_interleave(H // HKV, 1)
+    gate, table = torch.randn(B, H, 8, dtype=q.dtype), torch.randn(HKV, 8, dtype=q.dtype)
+    per_head = table.repeat_interleave(H // HKV, 0)[..., None]
+    for clause, expected in (
+        ("gate[b, h, q_idx] * out", gate[..., None] * raw),
+        ("(1 - table[kv_head, q_idx]) * out + table[kv_head, q_idx] * value", None),
+        ("out - mean_value", raw - values.mean(2, keepdim=True)),
+        ("out * sigmoid(lse - 0.5)", raw * torch.sigmoid(lse - 0.5)[..., None]),
+        ("where(lse < -1e30, -1, out)", torch.where(lse == -INF, -1, raw.movedim(-1, 0))),
+        ("table[0, 0]", table[0, 0].expand_as(raw)),
+    ):
+        if expected is None:
+            expected = (1 - per_head) * raw + per_head * values
+        elif "where" in clause:
+            expected = expected.movedim(0, -1)
+        found = program(
+            "mask = q_idx > kv_idx",
+            f"output = {clause}",
+            params="gate: float[batch, heads, q_len], table: float[kv_heads, q_len]",
+        )
+        same(run(found, q, k, v, gate=gate, table=table), expected, lse)
+
+
+def test_output_without_keys_or_queries():
+    found = program("mask = true", "output = out + mean_value + t[h]", params="t: float[heads]")
+    given = torch.arange(4.0, dtype=torch.float64)
+    out, lse = run(found, *inputs(3, 0), t=given)
+    assert torch.equal(out, given[:, None, None].expand(B, H, 3, DV)) and (lse == -INF).all()
+    assert run(found, *inputs(0, 3), t=given)[0].shape == (B, H, 0, DV)
+
+
+def test_values_of_the_querys_own_position_need_as_many():
+    found = program("mask = true", "output = out + value")
+    with pytest.raises(ArgumentError, match="there are 3 queries and 5 keys"):
+        run(found, *inputs(3, 5))
+
+
 GRADIENTS = {
+    "output": (
+        (
+            "mask = q_idx >= kv_idx + 2",
+            "output = t[h, q_idx] * out * sigmoid(lse) + tanh(t[h, 1] * mean_value)",
+        ),
+        "t: float[heads, 9] grad",
+    ),
     "causal": (("mask = q_idx >= kv_idx",), ""),
     "empty rows, sink": (
         ("mask = kv_idx > q_idx + 2", "sink = t[h, 0]"),

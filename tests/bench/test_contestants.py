@@ -86,7 +86,7 @@ def test_everybody_has_a_title():
     assert set(makers(tuned=1.0)) == set(TITLES)
 
 
-@pytest.mark.parametrize("name", ["packed", "streaming", "s2", "full", "alibi"])
+@pytest.mark.parametrize("name", ["packed", "streaming", "s2", "full", "alibi", "softpag"])
 def test_attncc_is_held_to_float64(name):
     held("attncc", problem(name))
 
@@ -138,6 +138,8 @@ def test_fa4_computes_the_program(name, no_needs, monkeypatch):
     ("who", "name", "why"),
     [
         ("sdpa", "softcap", "has no score modification"),
+        ("sdpa", "gated", "has no output clause"),
+        ("flex", "gated", "has no output clause"),
         ("cudnn", "causal", "needs a GPU"),
         ("fa4", "causal", "is not here: flash-attn-4 is not installed"),
         ("flex_flash", "causal", "is not here: flash-attn-4 is not installed"),

@@ -16,6 +16,7 @@ PROGRAMS = {
     "sigmoid": "mask = q_idx >= kv_idx\n    score = score - 1.0\n    normalize = sigmoid",
     "none": "mask = (q_idx + b) % 3 != 0\n    normalize = none",
     "empty rows": "mask = q_idx - kv_idx > 20 * h\n    score = score + s[h] * kv_idx",
+    "output": "mask = q_idx > kv_idx\n    output = s[h] * out + sigmoid(lse) * mean_value",
     "scale": "mask = true\n    scale = 0.5",
 }
 

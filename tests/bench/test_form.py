@@ -54,6 +54,7 @@ def test_documents_of_a_batch_are_laid_end_to_end():
         ("q_idx - kv_idx < h and q_idx >= kv_idx", ()),
         ("q_idx >= kv_idx", ("score = 2.0 * score",)),
         ("q_idx >= kv_idx", ("sink = s[h]",)),
+        ("q_idx >= kv_idx", ("output = s[h] * out",)),
         ("q_idx >= kv_idx", ("normalize = sigmoid",)),
     ],
 )

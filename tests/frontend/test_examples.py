@@ -8,7 +8,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.attn"))
 EXPECTED = {
     *("full", "causal", "sliding_window", "streaming", "packed", "prefix_lm", "share_question"),
     *("block_causal_documents", "global_window", "alibi", "softcap", "relative_bias"),
-    *("dilated_window", "s2", "power_attention"),
+    *("dilated_window", "s2", "power_attention", "longnet", "gated", "softpag"),
 }
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from attncc.backends import dense
+from attncc.backends import dense, epilogue
 from attncc.backends.triton import autograd
 from attncc.backends.triton.configs import Config
 from attncc.backends.triton.launch import Forward, Run, scale_of
@@ -133,7 +134,7 @@ def by_kernels(
         descriptors=descriptors,
         forward=forward,
     )
-    out, lse = autograd.attention(run, q, k, v)
+    out, lse = epilogue.finished(bound, partial(autograd.attention, run))(q, k, v)
     softmax = plan.program.normalize.value == "softmax"
     leaves = {"q": q, "k": k, "v": v, **captured}
     return _differentiated(out, lse if softmax else None, leaves, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from attncc.backends.triton.configs import Config
 from attncc.binding import Binding
 from attncc.frontend import parse
 from attncc.inputs import Lengths, captured
-from attncc.ir.expr import Expr
+from attncc.ir.expr import VALUE, Expr, results
 from attncc.ir.plan import Blocks
 from attncc.ir.program import Program
 from attncc.numeric import index_bits
@@ -25,7 +26,16 @@ from tests.cases import bindings
 from tests.interpreted.harness import SMALL, by_dense, by_kernels, check, inputs
 
 EXAMPLES = sorted(Path("examples").glob("*.attn"))
-SCALARS = {"window": 13, "sinks": 3, "block": 8, "prefix": 20, "stride": 3, "step": 4, "cap": 2.0}
+SCALARS = {
+    "window": 13,
+    "sinks": 3,
+    "block": 8,
+    "prefix": 20,
+    "stride": 3,
+    "step": 4,
+    "segment": 6,
+    "cap": 2.0,
+}
 
 
 def load(path: Path) -> Program:
@@ -35,6 +45,8 @@ def load(path: Path) -> Program:
 
 def bind(program: Program, lengths: Lengths) -> Binding:
     """Real values for every parameter: small scalars, so that tens of tokens show structure."""
+    if VALUE in results(program.output):
+        lengths = replace(lengths, kv_len=lengths.q_len)
     sizes = lengths.sizes()
     scalars = {p.name: SCALARS.get(p.name, p.default) for p in program.scalars}
     tensors = captured(program, lengths, {}).tensors

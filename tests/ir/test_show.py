@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,15 +126,17 @@ def test_expressions_round_trip(expr: Expr) -> None:
 
 
 @pytest.mark.fuzz
-@given(strategies.programs(), st.text("ab #:\t()", max_size=20), st.integers(1, 3))
-def test_programs_round_trip(program: Program, line: str, lines: int) -> None:
-    commented = Program(
-        **{
-            name: getattr(program, name)
-            for name in ("name", "params", "mask", "score", "scale", "sink", "normalize", "grid")
-        },
-        comment="\n".join([line.rstrip()] * lines),
-    )
+@given(
+    strategies.programs(),
+    st.none() | strategies.outputs(),
+    st.text("ab #:\t()", max_size=20),
+    st.integers(1, 3),
+)
+def test_programs_round_trip(program: Program, output: Expr | None, line: str, lines: int) -> None:
+    commented = replace(program, comment="\n".join([line.rstrip()] * lines))
+    if output is not None:
+        softmax = {"normalize": Normalize.SOFTMAX}  # which lse needs
+        commented = replace(commented, params=strategies.PARAMS, output=output, **softmax)
     (parsed,) = parse(str(commented))
     assert parsed == commented
     assert parsed.comment.split("\n") == commented.comment.split("\n")

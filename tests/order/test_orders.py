@@ -234,6 +234,21 @@ def test_counts_of_tiles_are_exact(window: Any, stride: Any, expected: Any) -> N
     assert (found.full, found.partial, found.empty) == expected
 
 
+def test_output_clauses_are_of_all_tokens() -> None:
+    text = """
+attention a(gate: float[q_len]):
+    axes (y: q_len // 8, x: 8)
+    mask = (q_idx - kv_idx) % 2 == 0 and abs(q.x - kv.x) < 3
+    output = gate[q_idx] * out + value - 0.5 * mean_value
+"""
+    attn = attncc.compile(text)
+    assert residues.find(attn.program, attn.static.mask) is None
+    qkv = [x.detach() for x in inputs(2, 64, 64)]
+    gate = torch.rand(64, dtype=torch.float64)
+    out = attn(*qkv, gate=gate, order=(2, 4))
+    torch.testing.assert_close(out, attn.reference(*qkv, gate=gate))
+
+
 # -- the choice
 
 

@@ -17,7 +17,8 @@ def test_no_tile_is_lost(path: Path, length: int, tile: tuple[int, int]) -> None
     for program in parse(path.read_text(), str(path)):
         lengths = torch.tensor([700, 1, 299, 800, length - 1800])
         documents = torch.repeat_interleave(torch.arange(5), lengths)[None]
-        given = {t.name: torch.zeros(2, length) for t in program.tensors}
+        sizes = {"batch": 1, "heads": 2, "q_len": length, "kv_len": length}
+        given = {t.name: torch.zeros([sizes[dim] for dim in t.dims]) for t in program.tensors}
         given |= {t.name: documents for t in program.tensors if t.sorted}
         binding = bind_lengths(program, q_len=length, kv_len=length, heads=2, arguments=given)
         bound = BoundPlan(analyze(program), binding, tile)
