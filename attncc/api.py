@@ -15,7 +15,7 @@ from torch import Tensor
 from attncc import frontend
 from attncc.backends import dense, registry
 from attncc.backends.triton.versions import installed
-from attncc.binding import Binding, bind, bind_lengths, check_inputs
+from attncc.binding import RESERVED, Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
 from attncc.capture import capturing
 from attncc.errors import ArgumentError, UnsupportedError
@@ -39,14 +39,6 @@ if TYPE_CHECKING:
 
 TILE = 128, 128
 """Tiles of a plan where none are asked for, those of most kernels."""
-
-RESERVED = frozenset(
-    (
-        *("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile"),
-        *("kernels", "time_budget", "self"),
-    )
-)
-"""Arguments of `Attention`'s methods, which a parameter must not hide behind."""
 
 
 def compile(source: str | Path | Program, name: str | None = None) -> Attention:
