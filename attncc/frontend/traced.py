@@ -73,6 +73,7 @@ class Traced:
             return self
         if name not in FUNCTIONS and not callable(getattr(Tensor, name, None)):
             raise AttributeError(f"a position has no attribute {name!r}")
+        name = "where_method" if name == "where" else name
         return lambda *args, **kwargs: call(name, (self, *args), kwargs)
 
     def __getitem__(self, at: object) -> Traced:
@@ -189,7 +190,8 @@ class Captured:
             given[here : here + 1] = [slice(None)] * (len(free) - len(given) + 1)
         if len(given) > len(free):
             return refuse(
-                f"{self.param.name} has {len(self.sizes)} axes, and is indexed by more", ""
+                f"{self.param.name} has {len(self.sizes)} axes, and is indexed by more",
+                "give one index an axis",
             )
         for axis, one in zip(free, given, strict=False):
             if not (isinstance(one, slice) and one == slice(None)):
@@ -570,6 +572,8 @@ def _pow(x: Expr, y: Expr) -> Expr:
         if exponent in roots:
             return applied(roots[exponent], as_float(x))
         if exponent in range(-LARGEST_POWER, 0):
+            if kind_of(x) is kind_of(y) is Kind.INT:
+                refuse("an int to a negative power", "make it a float: x.float()")
             return applied(ops.DIV, Const(1.0), _pow(as_float(x), Const(-int(exponent))))
     if isinstance(x, Const) and x.value > 0:
         if Kind.INT is kind_of(x) is kind_of(y):
@@ -676,6 +680,7 @@ FUNCTIONS |= {
     "minimum": _extreme(ops.AND, ops.MIN),
     "maximum": _extreme(ops.OR, ops.MAX),
     "where": _where,
+    "where_method": lambda x, condition, y: _where(condition, x, y),
     "masked_fill": _masked_fill,
     "exp": _of_float(ops.EXP),
     "exp2": _of_float(ops.EXP2),
@@ -765,7 +770,9 @@ RAW |= {
 
 
 def name_of(func: Any) -> str:
-    """`add` for torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__ and aten's."""
+    """`add` for torch.add, Tensor.add and aten's, `__add__` and `__radd__` for operators."""
+    if func is Tensor.where:  # which takes its arguments in another order than torch.where
+        return "where_method"
     return str(getattr(func, "__name__", func)).split(".")[0]
 
 
@@ -778,7 +785,7 @@ def call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plain = plain[1:]  # x += 1 makes a new value of a position
     if plain == "getitem":
         return active().read(args[0])[args[1]]
-    kwargs = {k: x for k, x in kwargs.items() if k not in ("out", "inplace") or x}
+    kwargs = {k: x for k, x in kwargs.items() if x is not None and (k, x) != ("inplace", False)}
     leaves = list(flattened([args, kwargs]))
     stands = [x for x in leaves if type(x) is Traced]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
