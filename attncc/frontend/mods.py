@@ -300,6 +300,7 @@ class _Run(traced.Trace):
         except ValueError:  # it has none to be looked at
             pass
         own = Copies(self._number, self._named)(mod, "value")
+        own = own if self.numbers else mod
         with tracing(self), _Mode(self), torch.enable_grad():
             try:
                 found = own(*given)

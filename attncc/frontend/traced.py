@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType
 from typing import Any, NoReturn
@@ -829,11 +830,11 @@ class Trace:
         raise NotImplementedError
 
 
-_ACTIVE: list[Trace] = []
+_ACTIVE: ContextVar[Trace] = ContextVar("trace")
 
 
 def active() -> Trace:
-    return _ACTIVE[-1]
+    return _ACTIVE.get()
 
 
 class tracing:
@@ -843,10 +844,10 @@ class tracing:
         self.trace = trace
 
     def __enter__(self) -> None:
-        _ACTIVE.append(self.trace)
+        self.before = _ACTIVE.set(self.trace)
 
     def __exit__(self, *_: object) -> None:
-        _ACTIVE.pop()
+        _ACTIVE.reset(self.before)
 
 
 def flattened(values: object) -> Iterator[object]:

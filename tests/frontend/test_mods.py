@@ -504,6 +504,19 @@ def test_functions_that_call_each_other() -> None:
     assert traced_mods(lambda s, b, h, q, k: even(4, s), None).arguments() == {"SCALE": 0.5}
 
 
+class Settings:
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+        self.unused = 5
+
+
+def test_attributes_of_captured_objects() -> None:
+    settings = Settings(6)
+    found = traced_mods(None, lambda b, h, q, k: q - k < settings.reach)
+    assert found.arguments() == {"reach": 6}
+    assert vars(settings) == {"reach": 6, "unused": 5}
+
+
 class Gate(torch.nn.Module):
     """A module with a parameter, a number and a method that serves as a mask."""
 
@@ -712,6 +725,19 @@ def expressions() -> st.SearchStrategy[str]:
         tensors,
         lambda x: st.tuples(st.sampled_from(steps), x, x).map(lambda t: t[0].format(*t[1:])),
     )
+
+
+@given(expressions(), st.sampled_from(["<", "<=", ">"]), expressions())
+@settings(max_examples=60)
+def test_a_number_passed_is_a_number_captured(left: str, compare: str, right: str) -> None:
+    table = torch.arange(N).flip(0) % 11
+    text = f"lambda size: lambda b, h, q, k: ({left}) {compare} ({right}) + size"
+    of = eval(text, {"torch": torch, "table": table})
+    q = torch.zeros(1, 2, 12, 1, dtype=torch.float64)
+    v = torch.eye(12, dtype=torch.float64).expand(1, 2, 12, 12)
+    attn = attncc.from_mods(mask_mod=of(3))
+    wanted = create_mask(of(-4), 1, 2, 12, 12, "cpu").bool()
+    assert torch.equal(attn(q, q, v, size=-4) > 0, wanted)
 
 
 @given(expressions(), st.sampled_from(["<", "<=", "==", "!=", ">"]), expressions())
