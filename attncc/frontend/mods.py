@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attncc.binding import RESERVED, SAFE
+from attncc.binding import SAFE
 from attncc.errors import ArgumentError, AttnccError, KindError, ProgramSyntaxError
 from attncc.frontend import traced
 from attncc.frontend.closures import Copies, Number, plain
@@ -332,6 +332,8 @@ class _Run(traced.Trace):
 
     def _free(self, name: str) -> str:
         """The name itself, or with a number, that no parameter has."""
+        from attncc.api import RESERVED  # it imports this module
+
         stem = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "value"
         stem = stem if is_free(stem) and stem not in RESERVED else f"{stem[:50]}_value"
         stem = stem if is_free(stem) else "value"
