@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attncc.api import Attention, compile, from_mods
+    from attncc.api import Attention, and_masks, compile, from_mods, or_masks
     from attncc.branches import append_columns, merge
     from attncc.errors import (
         ArgumentError,
@@ -31,10 +31,12 @@ __all__ = [
     "ProgramSyntaxError",
     "ProgramValueError",
     "UnsupportedError",
+    "and_masks",
     "append_columns",
     "compile",
     "from_mods",
     "merge",
+    "or_masks",
 ]
 
 _HOMES = {"append_columns": "attncc.branches", "merge": "attncc.branches"}

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakValueDictionary
@@ -90,6 +90,23 @@ def from_mods(
     return Attention(mods.program, mods.arguments)
 
 
+def and_masks(*masks: Attention | Callable[..., Any]) -> Attention:
+    """Pairs that every mask keeps, of programs or mask_mods; one may bring a score with it."""
+    return _joined("and", masks)
+
+
+def or_masks(*masks: Attention | Callable[..., Any]) -> Attention:
+    """Pairs that any of the masks keeps, of programs or mask_mods."""
+    return _joined("or", masks)
+
+
+def _joined(op: Literal["and", "or"], masks: Sequence[Attention | Callable[..., Any]]) -> Attention:
+    if not masks:
+        raise ArgumentError("there is no mask to join", hint="pass one or more")
+    parts = [x if isinstance(x, Attention) else from_mods(mask_mod=x) for x in masks]
+    return reduce(lambda first, second: first._join(op, second), parts)
+
+
 class Attention:
     """One compiled variant; calling it is attention with it."""
 
@@ -117,6 +134,34 @@ class Attention:
     def __str__(self) -> str:
         """The program in the language."""
         return str(self.program)
+
+    def __and__(self, other: Attention) -> Attention:
+        """Keeps pairs that both keep; the score, if one side has one, stays."""
+        return self._join("and", other) if isinstance(other, Attention) else NotImplemented
+
+    def __or__(self, other: Attention) -> Attention:
+        """Keeps pairs that either keeps; of masks alone."""
+        return self._join("or", other) if isinstance(other, Attention) else NotImplemented
+
+    def __invert__(self) -> Attention:
+        """Keeps the other pairs; of masks alone."""
+        from attncc.frontend.combine import negated
+
+        return Attention(negated(self.program), self._held)
+
+    def _join(self, op: Literal["and", "or"], other: Attention) -> Attention:
+        from attncc.frontend.combine import joined
+
+        mine, others = self._captured(), other._captured()
+        neither = {p.name for p in self.program.params} - mine.keys() - others.keys()
+        same = {name for name in mine.keys() & others.keys() if _same(mine[name], others[name])}
+        program, names = joined(op, self.program, other.program, neither | same)
+
+        def held() -> dict[str, object]:
+            found = {names[name]: value for name, value in other._captured().items()}
+            return {**found, **self._captured()}
+
+        return Attention(program, held if mine or others else None)
 
     @overload
     def __call__(
@@ -294,10 +339,14 @@ class Attention:
         """
         params = self._given(params)
         if q is not None and k is not None and v is not None:
-            return self._planned(bind(self.program, q, k, v, params), tile)
-        if q is not None or k is not None or v is not None:
+            binding = bind(self.program, q, k, v, params)
+        elif q is not None or k is not None or v is not None:
             raise ArgumentError("a plan needs all of q, k and v, or q_len= and kv_len=")
-        return self._planned(self._bind_lengths(params), tile)
+        else:
+            binding = self._bind_lengths(params)
+        made = self._planned(binding, tile)
+        made.kept[MAKER] = self
+        return made
 
     def source(
         self,
@@ -371,9 +420,24 @@ class Attention:
 
     def _given(self, params: dict[str, object], plan: BoundPlan | None = None) -> dict[str, object]:
         """Arguments, and what functions captured for those that are not passed."""
-        if self._held is None or plan is not None:  # a plan has all of them
-            return params
-        return {**self._held(), **params}
+        if plan is None:
+            return {**self._captured(), **params}
+        self._check_captured(plan, params)
+        return params  # a plan has all of them
+
+    def _captured(self) -> Mapping[str, object]:
+        return {} if self._held is None else self._held()
+
+    def _check_captured(self, plan: BoundPlan, params: Mapping[str, object]) -> None:
+        """A plan that another Attention of this program made has what that one captured."""
+        if plan.kept.get(MAKER) is self or plan.plan.program != self.program:
+            return
+        for name, value in self._captured().items():
+            if name not in params and not _same(_value(plan.binding, name), value):
+                raise ArgumentError(
+                    f"plan has another {name} than this Attention captured",
+                    hint=f"make a plan by this one, or pass {name}=...",
+                )
 
     def _planned(self, binding: Binding, tile: tuple[int, int]) -> CallPlan:
         check_bounds(self.static, binding)
@@ -505,6 +569,15 @@ def _value(binding: Binding, name: str) -> object:
     return binding.tensors[name] if name in binding.tensors else binding.scalars[name]
 
 
+MAKER = "maker"
+"""By which a plan keeps the Attention that made it."""
+
+
+def _same(had: object, got: object) -> bool:
+    tensors = isinstance(had, Tensor) or isinstance(got, Tensor)
+    return had is got if tensors else had == got
+
+
 def _check_same(plan: BoundPlan, q: Tensor, k: Tensor) -> None:
     """The lengths and device of a call against its plan's."""
     binding = plan.binding
@@ -525,8 +598,7 @@ def _check_mask(plan: BoundPlan, binding: Binding) -> None:
     scalars, tensors = mask_arguments(plan.plan)
     for name in (*scalars, *tensors):
         had, got = _value(plan.binding, name), _value(binding, name)
-        same = had is got if isinstance(had, Tensor) else had == got
-        if not same:
+        if not _same(had, got):
             raise ArgumentError(
                 f"plan was made with another {name}, which the mask reads",
                 hint=f"leave {name} out, or make a plan of the new one",
