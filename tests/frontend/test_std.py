@@ -80,6 +80,32 @@ def test_neighborhoods(window: int, stride: int) -> None:
         assert torch.equal(_value(plain, n=window), expected)
 
 
+def _natten_causal(i: int, j: int, length: int, window: int, stride: int) -> bool:
+    left, right = window // 2, window // 2 + (window % 2 - 1)
+    leader = min(i // stride * stride + stride - 1, length - 1)
+    return max(leader - left - right, 0) <= j <= i
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_causal_neighborhoods_with_strides(window: int, stride: int) -> None:
+    program = _program(f"neighborhood_causal_strided(q_idx, kv_idx, kv_len, n, {stride})")
+    expected = _pairs(lambda i, j: _natten_causal(i, j, N, window, stride))
+    assert torch.equal(_value(program, n=window), expected)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_dilated_neighborhoods(window: int, step: int) -> None:
+    program = _program(f"neighborhood_dilated(q_idx, kv_idx, kv_len, n, {step})")
+
+    def rule(i: int, j: int) -> bool:
+        own = len(range(i % step, N, step))
+        return i % step == j % step and _natten(i // step, j // step, own, window, 1)
+
+    assert torch.equal(_value(program, n=window), _pairs(rule))
+
+
 def test_neighborhood_on_a_grid() -> None:
     text = (
         "from std import neighborhood\nattention a(height: int, width: int):\n"
