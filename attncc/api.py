@@ -76,13 +76,14 @@ def from_mods(
     sorted:    captured int tensors that never fall along their last axis, by name: documents then
                become loop bounds in closed form. A false promise is an error.
 
-    Each function runs once, on values that stand for positions. Tensors and numbers it captured
-    become parameters: calls take what they hold at the time of the call, and an argument of that
-    name in place of it. A score of -inf masks its pair. Reads out of range are errors where the
-    mask keeps the pair, negative ones too, which do not count from the end; ints do not wrap.
+    The functions run on values that stand for positions. Numbers and tensors they captured become
+    parameters: a call takes the numbers, and what the tensors then hold, or arguments of those
+    names. Numbers that Python itself needs, to branch or to count, and sizes that it reads, are
+    constants. A score of -inf masks its pair. Reads out of range are errors where the mask keeps
+    the pair, negative ones too, which do not count from the end; ints do not wrap.
 
     Raises AttnccError, with the function's own line, for what has no meaning for one pair:
-    branches on positions, writes in place, random numbers.
+    branches on positions, values of captured tensors, writes in place, random numbers.
     """
     from attncc.frontend.mods import traced_mods
 
