@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 import attncc
+from attncc.backends.gluon import emit
+from attncc.backends.triton import aot
+from attncc.backends.triton.emit import Call
 from attncc.inputs import Lengths
 from attncc.ir.program import Normalize
 from attncc.tiles import Counts
@@ -503,3 +506,12 @@ def test_inputs_can_be_made_up_for_every_program() -> None:
         found = captured(program, Lengths(1, 4, 2, 256, 256, 16), {})
         assert found.tensors.keys() == {p.name for p in program.tensors}
         assert program.normalize in Normalize
+
+
+@pytest.mark.skipif(bool(aot.missing_tools()), reason="needs ptxas and cuobjdump")
+@pytest.mark.parametrize("name", ZOO)
+def test_its_forward_compiles(name: str) -> None:
+    """For sm_80, since that takes least; other tests compile each kind of kernel for all."""
+    call, target = Call("bf16", 64, 64), aot.target("sm_80")
+    (row,) = emit.compile_all(loaded(name).static, call, target, "forward")
+    assert row.compiled.matrix_ops() > 0
