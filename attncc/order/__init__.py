@@ -17,7 +17,7 @@ from torch import Tensor
 from attncc.binding import Binding
 from attncc.errors import ArgumentError
 from attncc.ir.evaluate import Env, evaluate_unchecked
-from attncc.ir.expr import SIZES, Expr, Load, Scalar, walk
+from attncc.ir.expr import Q_LEN, SIZES, Expr, Load, Scalar, walk
 from attncc.ir.plan import Plan
 from attncc.ir.program import Program
 from attncc.order import permuted, residues
@@ -276,30 +276,41 @@ class Orders:
         device: str,
     ) -> Choice | None:
         """The tile of 128 tokens that visits fewest tiles, where that pays for the copies."""
-        natural = self._visited(self.plan, sizes, scalars)
         grid = self._grid(scalars)
-        if natural is None or grid is None or len(grid) < 2 or min(sizes.values()) < 1:
+        reads = {node for node in walk(self.plan.mask) if isinstance(node, Load | Scalar)}
+        if grid is None or len(grid) < 2 or any(isinstance(node, Load) for node in reads):
             return None
-        if max(sizes["q_len"], sizes["kv_len"]) // TILE > LARGEST_GRID:
+        q_len, kv_len = sizes["q_len"], sizes["kv_len"]
+        rows = math.ceil(q_len / TILE)
+        sampled = rows if Scalar(Q_LEN) in reads else min(rows, SAMPLED)
+        if min(sizes.values()) < 1 or sampled * math.ceil(kv_len / TILE) > MOST_TILES:
             return None
+        picked = torch.linspace(0, rows - 1, sampled).long()[:, None] * TILE + torch.arange(TILE)
+        picked = picked[picked < q_len].flatten()
+        cpu = torch.device("cpu")
         program, names = permuted.permuted(self.program, self.plan.mask)
         plan = analyze(program)
-        best, fewest, visited = None, natural, 0
-        for tile in candidates(len(grid)):
-            lengths = sizes["q_len"], sizes["kv_len"]
-            cpu = torch.device("cpu")
-            orders = [grid_order(grid, tile, length, cpu) for length in lengths]
-            tensors = dict(zip(names, orders, strict=True))
-            counts = self._bound(plan, sizes, scalars, tensors).counts
-            if _work(counts) < fewest:
-                best, fewest, visited = tile, _work(counts), counts.full + counts.partial
-        heads = sizes["batch"] * sizes["heads"]
-        copied = math.ceil((sizes["q_len"] + sizes["kv_len"]) / 2 / TILE)
-        saved = (natural - fewest) * TILES[device] - copied * COPY[device]
-        if best is None or saved * heads <= LAUNCH[device]:
+
+        def visited(orders: tuple[Tensor, Tensor]) -> Counts:
+            tensors = dict(zip(names, (orders[0][picked], orders[1]), strict=True))
+            return self._bound(plan, {**sizes, "q_len": len(picked)}, scalars, tensors).counts
+
+        def grid_orders(tile: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+            return grid_order(grid, tile, q_len, cpu), grid_order(grid, tile, kv_len, cpu)
+
+        natural = visited((torch.arange(q_len), torch.arange(kv_len)))
+        found = {tile: visited(grid_orders(tile)) for tile in candidates(len(grid))}
+        best = min(found, key=lambda tile: _work(found[tile]), default=None)
+        if best is None:
             return None
+        scale = rows / sampled
+        saved = (_work(natural) - _work(found[best])) * scale * TILES[device]
+        copied = (q_len + kv_len) / 2 / TILE * COPY[device]
+        if (saved - copied) * sizes["batch"] * sizes["heads"] <= LAUNCH[device]:
+            return None
+        count, before = (round(scale * (of.full + of.partial)) for of in (found[best], natural))
         why = f"in tiles of {' x '.join(map(str, best))} tokens, by copies: "
-        why += f"{visited} tiles of {TILE} x {TILE} a head are visited"
+        why += f"{count} tiles of {TILE} x {TILE} a head in place of {before}"
         return Choice(why, 0, best, grid)
 
     def _given(self, order: Tensor, sizes: Mapping[str, int]) -> Choice:
@@ -317,8 +328,11 @@ class Orders:
         return Choice("given", order=order.long())
 
 
-LARGEST_GRID = 2048
-"""Tiles of an axis from which grids are not compared, since that visits every pair of tiles."""
+SAMPLED = 32
+"""Rows of tiles by which orders are compared."""
+
+MOST_TILES = 2**17
+"""Tiles that are looked at to choose an order; where that takes more, there is none."""
 
 
 def _work(counts: Counts) -> float:

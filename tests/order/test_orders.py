@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -274,6 +275,9 @@ def test_copies_must_pay() -> None:
     choice = chosen(attn, n=128**2, size_y=24, size_x=48, stride_y=8, stride_x=16)
     assert choice is not None and choice.tile == (8, 16)
     assert "1152 tiles" in choice.why
+    begun = time.perf_counter()
+    assert chosen(attn, n=2**20, size_y=24, size_x=48, stride_y=8, stride_x=16) is None
+    assert time.perf_counter() - begun < 2, "an order is chosen without all pairs of tiles"
 
 
 @pytest.mark.parametrize(
