@@ -46,8 +46,8 @@ BIG = Const(2**30)
 def infer_tiles(plan: Plan) -> Plan:
     """Bounds of the mask over a tile, each one-token-axis part by its exact minimum and maximum.
 
-    Loose where a part reads both token axes and is not monotone in either: tensors, remainders,
-    products and bits of both positions.
+    Loose where a part reads both token axes and is not monotone in either: remainders, products and
+    bits of both positions, and tensors at more than two places in a row on a tile.
     """
     simplify = Rewriter(RULES)
     finder = _Finder(simplify, frozenset(param.name for param in plan.program.params))
@@ -71,7 +71,10 @@ def _losses(mask: Expr) -> Iterable[str]:
             continue
         match node:
             case Load(tensor):
-                yield f"{tensor.name!r} is read at both positions: nothing is known of a tile of it"
+                yield (
+                    f"{tensor.name!r} is read at both positions: it is known on tiles where each "
+                    "index takes at most two values in a row"
+                )
             case Apply(ops.MOD | ops.BITAND | ops.BITOR | ops.BITXOR, _):
                 symbol = node.op.symbol
                 yield f"'{symbol}' of both positions is exact only where it is constant on a tile"
