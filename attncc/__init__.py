@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attncc.api import Attention, compile, from_mods
+    from attncc.api import Attention, and_masks, compile, from_mods, or_masks
     from attncc.errors import (
         ArgumentError,
         AttnccError,
@@ -30,8 +30,10 @@ __all__ = [
     "ProgramSyntaxError",
     "ProgramValueError",
     "UnsupportedError",
+    "and_masks",
     "compile",
     "from_mods",
+    "or_masks",
 ]
 
 

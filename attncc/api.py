@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from attncc import frontend
 from attncc.backends import dense, registry
 from attncc.backends.triton.versions import installed
-from attncc.binding import Binding, bind, bind_lengths, check_inputs
+from attncc.binding import RESERVED, Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
 from attncc.capture import capturing
 from attncc.errors import ArgumentError, UnsupportedError
+from attncc.ir import ops
+from attncc.ir.ops import Op
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
 from attncc.passes import analyze
@@ -40,13 +42,8 @@ if TYPE_CHECKING:
 TILE = 128, 128
 """Tiles of a plan where none are asked for, those of most kernels."""
 
-RESERVED = frozenset(
-    (
-        *("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile"),
-        *("kernels", "time_budget", "self"),
-    )
-)
-"""Arguments of `Attention`'s methods, which a parameter must not hide behind."""
+MAKER = "maker"
+"""By which a plan keeps the Attention that made it."""
 
 
 def compile(source: str | Path | Program, name: str | None = None) -> Attention:
@@ -85,6 +82,23 @@ def from_mods(
     return Attention(mods.program, mods.arguments)
 
 
+def and_masks(*masks: Attention | Callable[..., Any]) -> Attention:
+    """Pairs that every mask keeps, of programs or mask_mods; one may bring a score with it."""
+    return _joined(ops.AND, masks)
+
+
+def or_masks(*masks: Attention | Callable[..., Any]) -> Attention:
+    """Pairs that any of the masks keeps, of programs or mask_mods."""
+    return _joined(ops.OR, masks)
+
+
+def _joined(op: Op, masks: Sequence[Attention | Callable[..., Any]]) -> Attention:
+    if not masks:
+        raise ArgumentError("there is no mask to join", hint="pass one or more")
+    parts = [x if isinstance(x, Attention) else from_mods(mask_mod=x) for x in masks]
+    return reduce(lambda first, second: first._join(op, second), parts)
+
+
 class Attention:
     """One compiled variant; calling it is attention with it."""
 
@@ -109,6 +123,34 @@ class Attention:
     def __str__(self) -> str:
         """The program in the language."""
         return str(self.program)
+
+    def __and__(self, other: Attention) -> Attention:
+        """Keeps pairs that both keep; the score, if one side has one, stays."""
+        return self._join(ops.AND, other) if isinstance(other, Attention) else NotImplemented
+
+    def __or__(self, other: Attention) -> Attention:
+        """Keeps pairs that either keeps; of masks alone."""
+        return self._join(ops.OR, other) if isinstance(other, Attention) else NotImplemented
+
+    def __invert__(self) -> Attention:
+        """Keeps the other pairs; of masks alone."""
+        from attncc.frontend.combine import negated
+
+        return Attention(negated(self.program), self._held)
+
+    def _join(self, op: Op, other: Attention) -> Attention:
+        from attncc.frontend.combine import joined
+
+        mine, others = self._captured(), other._captured()
+        neither = {p.name for p in self.program.params} - mine.keys() - others.keys()
+        same = {name for name in mine.keys() & others.keys() if _same(mine[name], others[name])}
+        program, names = joined(op, self.program, other.program, neither | same)
+
+        def held() -> dict[str, object]:
+            found = {names[name]: value for name, value in other._captured().items()}
+            return {**found, **self._captured()}
+
+        return Attention(program, held if mine or others else None)
 
     @overload
     def __call__(
@@ -232,10 +274,14 @@ class Attention:
         """
         params = self._given(params)
         if q is not None and k is not None and v is not None:
-            return self._planned(bind(self.program, q, k, v, params), tile)
-        if q is not None or k is not None or v is not None:
+            binding = bind(self.program, q, k, v, params)
+        elif q is not None or k is not None or v is not None:
             raise ArgumentError("a plan needs all of q, k and v, or q_len= and kv_len=")
-        return self._planned(self._bind_lengths(params), tile)
+        else:
+            binding = self._bind_lengths(params)
+        made = self._planned(binding, tile)
+        made.kept[MAKER] = self
+        return made
 
     def source(
         self,
@@ -315,9 +361,24 @@ class Attention:
 
     def _given(self, params: dict[str, object], plan: BoundPlan | None = None) -> dict[str, object]:
         """Arguments, and what functions captured for those that are not passed."""
-        if self._held is None or plan is not None:  # a plan has all of them
-            return params
-        return {**self._held(), **params}
+        if plan is None:
+            return {**self._captured(), **params}
+        self._check_captured(plan, params)
+        return params  # a plan has all of them
+
+    def _captured(self) -> Mapping[str, object]:
+        return {} if self._held is None else self._held()
+
+    def _check_captured(self, plan: BoundPlan, params: Mapping[str, object]) -> None:
+        """A plan that another Attention of this program made has what that one captured."""
+        if plan.kept.get(MAKER) is self or plan.plan.program != self.program:
+            return
+        for name, value in self._captured().items():
+            if name not in params and not _same(_value(plan.binding, name), value):
+                raise ArgumentError(
+                    f"plan has another {name} than this Attention captured",
+                    hint=f"make a plan by this one, or pass {name}=...",
+                )
 
     @cached_property
     def _plans(self) -> PlanCache:
@@ -400,6 +461,11 @@ def _value(binding: Binding, name: str) -> object:
     return binding.tensors[name] if name in binding.tensors else binding.scalars[name]
 
 
+def _same(had: object, got: object) -> bool:
+    tensors = isinstance(had, Tensor) or isinstance(got, Tensor)
+    return had is got if tensors else had == got
+
+
 def _check_same(plan: BoundPlan, q: Tensor, k: Tensor) -> None:
     """The lengths and device of a call against its plan's."""
     binding = plan.binding
@@ -420,8 +486,7 @@ def _check_mask(plan: BoundPlan, binding: Binding) -> None:
     scalars, tensors = mask_arguments(plan.plan)
     for name in (*scalars, *tensors):
         had, got = _value(plan.binding, name), _value(binding, name)
-        same = had is got if isinstance(had, Tensor) else had == got
-        if not same:
+        if not _same(had, got):
             raise ArgumentError(
                 f"plan was made with another {name}, which the mask reads",
                 hint=f"leave {name} out, or make a plan of the new one",

@@ -1,25 +1,29 @@
 """FlexAttention-style Python functions to Programs.
 
-A function runs once, on values that stand for positions (`traced.py`). So do captured numbers: a
-copy of the function is made whose closure holds stand-ins for them, and only those that Python
-itself asks for the value of, to branch or to count, are constants of the Program.
+A function runs on values that stand for positions (`traced.py`). It runs first as it is, then as a
+copy whose captured numbers are parameters (`closures.py`), all but those that Python itself asks
+for, to branch or to count. The second serves if it is the first with the numbers put back.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 import re
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attncc.errors import ArgumentError, KindError
+from attncc.binding import RESERVED, SAFE
+from attncc.errors import ArgumentError, AttnccError, KindError, ProgramSyntaxError
 from attncc.frontend import traced
+from attncc.frontend.closures import Copies, Number, plain
+from attncc.frontend.files import parse
+from attncc.frontend.resolver import MAX_DEPTH, MAX_NODES
 from attncc.frontend.scope import is_free
 from attncc.frontend.traced import (
     INFINITY,
@@ -37,12 +41,14 @@ from attncc.frontend.traced import (
 )
 from attncc.ir import expr as ir
 from attncc.ir import ops
-from attncc.ir.expr import TRUE, Apply, Const, Expr, ScalarParam, Score, TensorParam
+from attncc.ir.expr import FALSE, TRUE, Apply, Const, Expr, ScalarParam, Score, TensorParam
 from attncc.ir.ops import Kind
 from attncc.ir.program import Param, Program
+from attncc.ir.rewrite import Rewriter, mapped, postorder
+from attncc.passes.fold_constants import RULES
 
 Mod = Callable[..., Any]
-Value = Callable[[], Tensor] | bool | int | float
+Value = Callable[[], Tensor] | Number
 """What a parameter is at each call: a number, or what gives a tensor."""
 
 POSITIONS = ir.B, ir.H, ir.Q_IDX, ir.KV_IDX
@@ -70,27 +76,53 @@ def traced_mods(
     for what, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if mod is not None and not callable(mod):
             raise ArgumentError(f"{what} is {type(mod).__name__}, expected a function, or None")
-    fixed: set[str] = set()
-    while True:
-        run = _Run(fixed, frozenset(sorted))
-        try:
-            mask, score = run.mask(mask_mod), run.score(score_mod)
-            break
-        except NeedsValue as asked:
-            fixed |= asked.names
-    while (split := _masked(score)) is not None:
-        score, kept = split
-        mask = kept if mask == TRUE else ir.apply(ops.AND, mask, kept)
-    exprs = mask, score
-    used = {p for e in exprs for n in ir.walk(e) for p in _param(n)}
+    of = score_mod, mask_mod, frozenset(sorted)
+    found = _trace(*of, numbers=False)
+    try:
+        general = _trace(*of, numbers=True)
+    except Exception:  # Python's own functions need Python's own numbers
+        general = found
+    if _with_values(general) == _with_values(found):
+        found = general
+    run, mask, score = found
+    used = {p for e in (mask, score) for n in ir.walk(e) for p in _param(n)}
     params = tuple(param for param in run.params if param in used)
     if unknown := set(sorted) - {param.name for param in params}:
         raise ArgumentError(
             f"sorted names {', '.join(unknown)}, which no function captures",
             hint=f"they capture {', '.join(param.name for param in params) or 'nothing'}",
         )
-    program = Program(name or _name(mask_mod, score_mod), params, mask, score)
+    program = with_source(Program(name or _name(mask_mod, score_mod), params, mask, score))
     return Mods(program, {param.name: run.values[param.name] for param in params})
+
+
+@functools.lru_cache(maxsize=64)
+def with_source(program: Program) -> Program:
+    """The program read from its own text, which errors then show.
+
+    Raises ProgramSyntaxError where it is larger than the language allows.
+    """
+    for expr in (program.mask, program.score):
+        _check_size(expr)
+    (parsed,) = parse(str(program))
+    assert parsed == program, "a program is what its text says"
+    return parsed
+
+
+def _check_size(expr: Expr) -> None:
+    """By what it is written out: shared parts count as often as they are used."""
+    measures: dict[int, tuple[int, int]] = {}
+    for node in postorder(expr):
+        below = [measures[id(child)] for child in ir.children(node)]
+        nodes = 1 + sum(size for size, _ in below)
+        levels = 1 + max((depth for _, depth in below), default=0)
+        measures[id(node)] = nodes, levels
+        if nodes > MAX_NODES or levels > MAX_DEPTH:
+            how = f"{MAX_DEPTH} levels" if levels > MAX_DEPTH else f"{MAX_NODES:,} operations"
+            raise ProgramSyntaxError(
+                f"the functions make an expression of more than {how}, all written out",
+                hint="compute part of it outside, and index a tensor",
+            )
 
 
 def _param(node: Expr) -> tuple[Param, ...]:
@@ -111,149 +143,197 @@ def _name(*mods: Mod | None) -> str:
     return "mods"
 
 
-def _masked(score: Expr) -> tuple[Expr, Expr] | None:
-    """The score at the pairs kept, and which they are, where others get -inf."""
-    minus = ir.apply(ops.LOG, Const(0.0)), ir.apply(ops.NEG, INFINITY)
+# -- runs
+
+_Found = tuple["_Run", Expr, Expr]
+"""A run, and the mask and the score it found."""
+
+
+def _trace(
+    score_mod: Mod | None, mask_mod: Mod | None, sorted: frozenset[str], numbers: bool
+) -> _Found:
+    """Runs the functions until none asks for what a run before took for a parameter."""
+    fixed: set[str] = set()
+    sized: set[str] = set()
+    while True:
+        run = _Run(numbers, fixed, sorted, sized)
+        try:
+            mask, score = run.mask(mask_mod), run.score(score_mod)
+        except NeedsValue as asked:
+            fixed |= asked.names
+            continue
+        if run.sized <= sized:
+            break
+        sized |= run.sized
+    for expr in (mask, score):
+        _check_size(expr)
+    kept, score = _split(score)
+    if kept is not None:
+        mask = kept if mask == TRUE else ir.apply(ops.AND, mask, kept)
+    return run, mask, score
+
+
+def _with_values(found: _Found) -> tuple[Expr, ...]:
+    """Mask and score, the numbers put back."""
+    run, *exprs = found
+
+    def value(node: Expr) -> Expr:
+        if isinstance(node, ir.Scalar):
+            number = run.values[node.param.name]
+            assert isinstance(number, Number)
+            return as_expr(number)
+        return node
+
+    return tuple(Rewriter(RULES)(mapped(expr, value)) for expr in exprs)
+
+
+MINUS_INFINITY = ir.apply(ops.LOG, Const(0.0)), ir.apply(ops.NEG, INFINITY)
+
+
+def _split(score: Expr) -> tuple[Expr | None, Expr]:
+    """Where the score is not -inf, None for everywhere, and what it is there.
+
+    A condition that reads the score itself is no mask, and stays.
+    """
+    if score in MINUS_INFINITY:
+        return FALSE, Const(0.0)
     match score:
-        case Apply(ops.WHERE, (condition, x, y)) if y in minus:
-            return x, condition
-        case Apply(ops.WHERE, (condition, x, y)) if x in minus:
-            return y, ir.apply(ops.NOT, condition)
-    return None
+        case Apply(ops.WHERE, (condition, x, y)) if not _reads_score(condition):
+            (where_x, x), (where_y, y) = _split(x), _split(y)
+            if where_x is where_y is None:
+                return None, score
+            kept = _either(condition, where_x, where_y)
+            if where_y == FALSE:
+                return kept, x
+            return kept, y if where_x == FALSE else ir.apply(ops.WHERE, condition, x, y)
+        case Apply(ops.ADD, (x, y)):
+            (where_x, x), (where_y, y) = _split(x), _split(y)
+            if where_x is where_y is None:
+                return None, score
+            kept = ir.conjunction(tuple(part for part in (where_x, where_y) if part is not None))
+            if Const(0.0) in (x, y):
+                return kept, as_float(y if x == Const(0.0) else x)
+            return kept, ir.apply(ops.ADD, x, y)
+    return None, score
+
+
+def _either(condition: Expr, x: Expr | None, y: Expr | None) -> Expr:
+    """Where the branch that a condition chooses is kept."""
+    other = ir.apply(ops.NOT, condition)
+    here = condition if x is None else FALSE if x == FALSE else ir.apply(ops.AND, condition, x)
+    there = other if y is None else FALSE if y == FALSE else ir.apply(ops.AND, other, y)
+    if FALSE in (here, there):
+        return there if here == FALSE else here
+    return ir.apply(ops.OR, here, there)
+
+
+def _reads_score(expr: Expr) -> bool:
+    return any(isinstance(node, Score) for node in ir.walk(expr))
 
 
 class _Run(traced.Trace):
-    """One run of the functions, numbers named in `fixed` being constants."""
+    """One run of the functions.
 
-    def __init__(self, fixed: set[str], sorted: frozenset[str]) -> None:
-        self.fixed, self.sorted = fixed, sorted
+    numbers: whether captured ones are parameters, all but those named in `fixed`.
+    sizes:   names of tensors whose sizes are constants.
+    """
+
+    def __init__(
+        self, numbers: bool, fixed: set[str], sorted: frozenset[str], sizes: set[str]
+    ) -> None:
+        self.numbers, self.fixed, self.sorted, self.sizes = numbers, fixed, sorted, sizes
         self.params: list[Param] = []
         self.values: dict[str, Value] = {}
+        self.known: dict[tuple[str, str], Traced] = {}
+        """Stand-ins of numbers, by name and value."""
         self.names: dict[int, str] = {}
         """What captured tensors are called, by their ids."""
         self.tensors: dict[int, tuple[Tensor, TensorParam]] = {}
-        self.made: dict[int, tuple[Tensor, Callable[[], Any], bool]] = {}
-        """Tensors that the functions made: how, and whether of captured ones."""
+        self.made: dict[int, tuple[Tensor, _Made]] = {}
+        """Tensors that the functions made."""
+        self.measured: set[int] = set()
+        """Ids of tensors whose sizes the functions asked for."""
+
+    @property
+    def sized(self) -> set[str]:
+        """Names of the tensors whose sizes the functions asked for."""
+        return {p.name for key, (_, p) in self.tensors.items() if key in self.measured}
 
     # -- the functions
 
     def mask(self, mod: Mod | None) -> Expr:
         if mod is None:
             return TRUE
-        found = self._result("mask_mod", mod, [Traced(index) for index in POSITIONS])
+        found = self._result("mask_mod", mod, ("b", "h", "q_idx", "kv_idx"), POSITIONS)
         if ir.kind(found) is Kind.FLOAT:
-            raise KindError(
-                f"mask_mod gave {_kind(found)}, expected a bool",
-                hint="return a condition, such as q_idx >= kv_idx; a float belongs to score_mod",
+            raise _of_function(
+                mod,
+                "mask_mod gave a float, expected a bool",
+                "return a condition, such as q_idx >= kv_idx; a float belongs to score_mod",
+                KindError,
             )
         return as_bool(found)
 
     def score(self, mod: Mod | None) -> Expr:
         if mod is None:
             return Score()
-        found = self._result("score_mod", mod, [Traced(Score()), *map(Traced, POSITIONS)])
+        names = "score", "b", "h", "q_idx", "kv_idx"
+        found = self._result("score_mod", mod, names, (Score(), *POSITIONS))
         if ir.kind(found) is Kind.BOOL:
-            raise KindError(
+            raise _of_function(
+                mod,
                 "score_mod gave a bool, expected a float",
-                hint="return a score; a condition belongs to mask_mod",
+                "return a score; a condition belongs to mask_mod",
+                KindError,
             )
         return as_float(found)
 
-    def _result(self, what: str, mod: Mod, positions: list[Traced]) -> Expr:
-        mod = self._standing_in(mod, "")
-        with tracing(self), _Mode(self):
-            found = mod(*positions)
-            if found is None:
-                refuse(f"{what} returned None", "return its value")
-            return as_expr(found)
+    def _result(
+        self, what: str, mod: Mod, names: tuple[str, ...], positions: Sequence[Expr]
+    ) -> Expr:
+        given = list(map(Traced, positions))
+        try:
+            inspect.signature(mod).bind(*given)
+        except TypeError as error:
+            called = f"{what}({', '.join(names)})"
+            raise _of_function(mod, f"{what} cannot be called so: {error}", called) from None
+        except ValueError:  # it has none to be looked at
+            pass
+        own = Copies(self._number, self._named)(mod, "value")
+        with tracing(self), _Mode(self), torch.enable_grad():
+            try:
+                found = own(*given)
+                if found is not None:
+                    return as_expr(found)
+            except (AttnccError, NeedsValue):
+                raise
+            except Exception as error:
+                message = f"{what} fails on positions: {type(error).__name__}: {error}"
+                raise traced.located(message, error) from error
+        raise _of_function(mod, f"{what} returned None", "return its value")
 
     # -- captured numbers
 
-    def _standing_in(self, x: Any, name: str, depth: int = 0) -> Any:
-        """The same with stand-ins for the numbers it holds; never the user's own object changed."""
-        if type(x) in (int, float) and name and depth:
-            return self._number(x, name)
-        if isinstance(x, Tensor):
-            self.names.setdefault(id(x), name)
-            return x
-        if depth > DEEPEST or _is_library(x):
-            return x
-        deeper = depth + 1
-        match x:
-            case functools.partial():
-                args = [self._standing_in(a, "arg", deeper) for a in x.args]
-                given = {k: self._standing_in(a, k, deeper) for k, a in x.keywords.items()}
-                return functools.partial(self._standing_in(x.func, name, deeper), *args, **given)
-            case types.MethodType():
-                own = self._standing_in(x.__self__, name, deeper)
-                return types.MethodType(x.__func__, own)
-            case types.FunctionType():
-                return self._function(x, deeper)
-            case tuple() | list() if type(x) in (tuple, list):
-                return type(x)(self._standing_in(one, name, deeper) for one in x)
-        if callable(x) and not isinstance(x, type) and hasattr(x, "__dict__"):
-            own = copy.copy(x)
-            for key, value in vars(x).items():
-                object.__setattr__(own, key, self._standing_in(value, key, deeper))
-            for key, value in getattr(x, "_parameters", {}).items():
-                self._standing_in(value, key, deeper)
-            for key, value in getattr(x, "_buffers", {}).items():
-                self._standing_in(value, key, deeper)
-            return own
-        return x
-
-    def _function(self, mod: types.FunctionType, depth: int) -> types.FunctionType:
-        code = mod.__code__
-        cells = []
-        for name, cell in zip(code.co_freevars, mod.__closure__ or (), strict=True):
-            try:
-                held = cell.cell_contents
-            except ValueError:  # nothing yet
-                cells.append(cell)
-                continue
-            # A function that calls itself holds itself.
-            cells.append(
-                cell if held is mod else types.CellType(self._standing_in(held, name, depth))
-            )
-        outer = {
-            name: self._standing_in(mod.__globals__[name], name, depth)
-            for name in _names_in(code)
-            if name in mod.__globals__ and mod.__globals__[name] is not mod
-        }
-        defaults = mod.__defaults__ or ()
-        named = code.co_varnames[: code.co_argcount][code.co_argcount - len(defaults) :]
-        given = tuple(
-            self._standing_in(x, name, depth) for name, x in zip(named, defaults, strict=True)
-        )
-        own = types.FunctionType(
-            code, {**mod.__globals__, **outer}, mod.__name__, given, tuple(cells)
-        )
-        for name, x in (mod.__kwdefaults__ or {}).items():
-            own.__kwdefaults__ = (own.__kwdefaults__ or {}) | {
-                name: self._standing_in(x, name, depth)
-            }
-        return own
-
-    def _number(self, value: int | float, name: str) -> Any:
-        kind = Kind.INT if type(value) is int else Kind.FLOAT
-        for param in self.params:
-            if isinstance(param, ScalarParam) and _stem(param.name) == _stem(name):
-                known = self.values[param.name]
-                if type(known) is type(value) and known == value:
-                    return Traced(ir.Scalar(param), is_number=True)
-        name = self._free(name)
-        if name in self.fixed or abs(value) == float("inf") or value != value:
-            self.values.setdefault(name, value)  # the name is taken
+    def _number(self, value: Number, name: str) -> Any:
+        finite = value in SAFE if type(value) is int else abs(value) < float("inf")
+        if not self.numbers or not finite:
             return value
-        param = ScalarParam(name, kind)
-        self.params.append(param)
-        self.values[name] = value
-        return Traced(ir.Scalar(param), is_number=True)
+        key = name, repr(value)
+        if key not in self.known:
+            name = self._free(name)
+            self.values[name] = value
+            if name in self.fixed:
+                return value
+            param = ScalarParam(name, Kind(type(value).__name__))
+            self.params.append(param)
+            self.known[key] = Traced(ir.Scalar(param), is_number=True)
+        return self.known[key]
 
     def _free(self, name: str) -> str:
         """The name itself, or with a number, that no parameter has."""
-        stem = re.sub(r"\W", "_", name).strip("_") or "value"
-        stem = stem if is_free(stem) else f"{stem}_value"
+        stem = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "value"
+        stem = stem if is_free(stem) and stem not in RESERVED else f"{stem[:50]}_value"
+        stem = stem if is_free(stem) else "value"
         at, found = 1, stem
         while found in self.values:
             at += 1
@@ -262,32 +342,40 @@ class _Run(traced.Trace):
 
     # -- captured tensors
 
+    def _named(self, x: Tensor, name: str) -> None:
+        self.names.setdefault(id(x), name)
+
     def read(self, x: object) -> Traced | Captured:
         assert isinstance(x, Tensor)
-        _, how, captured = self.made.get(id(x), (x, None, True))
-        if not captured and x.dim() == 0:
-            return Traced(as_expr(x.item()))
-        if id(x) not in self.tensors:
-            self.tensors[id(x)] = x, self._tensor(x, how)
-        _, param = self.tensors[id(x)]
-        if x.dim() == 0:
-            return Traced(ir.Load(param, (Const(0),)))
-        return Captured(param, x.shape, [None] * x.dim())
+        made = self._made(x)
+        with torch._C.DisableTorchFunction():  # what follows is not the functions' own
+            if not made.captured and x.dim() == 0:
+                return Traced(as_expr(x.item()))
+            if id(x) not in self.tensors:
+                self.tensors[id(x)] = x, self._tensor(x, made)
+            _, param = self.tensors[id(x)]
+            if x.dim() == 0:
+                return Traced(ir.Load(param, (Const(0),)))
+            return Captured(param, x.shape, [None] * x.dim(), lambda: self.measured.add(id(x)))
 
-    def _tensor(self, x: Tensor, how: Callable[[], Any] | None) -> TensorParam:
+    def _made(self, x: Tensor) -> _Made:
+        """How a tensor came about; a captured one is its own source."""
+        found = self.made.get(id(x))
+        return _Made(lambda: x, (x,)) if found is None else found[1]
+
+    def _tensor(self, x: Tensor, made: _Made) -> TensorParam:
         name = self._free(self.names.get(id(x), "") or "table")
-        axes = max(1, x.dim())
-        dims = tuple(f"{name}_{at}" for at in range(axes)) if axes > 1 else (f"{name}_len",)
+        shape = tuple(x.shape) or (1,)
+        dims: tuple[ir.Dim, ...] = (f"{name}_len",)
+        if len(shape) > 1:
+            dims = tuple(f"{name}_{at}" for at in range(len(shape)))
+        if name in self.sizes and 0 not in shape:
+            dims = shape
         kind = kind_of_dtype(x.dtype)
         grad = x.requires_grad and kind is Kind.FLOAT
         param = TensorParam(name, kind, dims, name in self.sorted, grad)
         self.params.append(param)
-
-        def value() -> Tensor:
-            found: Tensor = x if how is None else how()
-            return found.reshape(1) if found.dim() == 0 else found
-
-        self.values[name] = value
+        self.values[name] = _Now(made) if x.dim() else _Now(made, lambda one: one.reshape(1))
         return param
 
     def ran(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -297,16 +385,24 @@ class _Run(traced.Trace):
             refuse(f"torch's {name} is random", "draw outside, and index what was drawn")
         given = [x for x in flattened([args, kwargs]) if isinstance(x, Tensor)]
         writes = name.endswith("_") and not name.startswith("__") and name != "requires_grad_"
-        if given and (writes or name == "__setitem__" or re.match("__i[a-z]+__$", name)):
+        if given and (writes or name in WRITES or kwargs.get("out") is not None):
             refuse(f"{name} writes in place", "make a new value, outside of the function")
+        sources = tuple(dict.fromkeys(s for x in given for s in self._made(x).sources))
+        if sources and name in VALUES:
+            refuse(
+                "Python asks for the value of a captured tensor, which may be another in each call",
+                "use torch.where and index by positions, or capture the number: x.item() outside",
+            )
+        if name in ("size", "__len__", "numel", "nelement") or func == Tensor.shape.__get__:  # type: ignore[attr-defined]
+            self.measured |= {id(x) for x in given}
         found = func(*args, **kwargs)
-        captured = any(self.made.get(id(x), (x, None, True))[2] for x in given)
         parts = found if isinstance(found, (tuple, list)) else [found]
         for at, one in enumerate(parts):
             if isinstance(one, Tensor) and not any(one is x for x in given):
                 again = functools.partial(self._again, func, args, kwargs)
                 how = again if one is found else functools.partial(_part, again, at)
-                self.made[id(one)] = one, how, captured
+                self.made[id(one)] = one, _Made(how, sources)
+                self.names[id(one)] = next((self.names.get(id(x), "") for x in given), "")
         return found
 
     def _again(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -318,10 +414,40 @@ class _Run(traced.Trace):
             return type(x)(map(self._now, x))
         if type(x) is dict:
             return {key: self._now(value) for key, value in x.items()}
-        if isinstance(x, Tensor) and id(x) in self.made:
-            _, how, captured = self.made[id(x)]
-            return how() if captured else x
-        return x
+        return self._made(x).how() if isinstance(x, Tensor) and self._made(x).captured else x
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How a tensor is made again, and of which captured ones."""
+
+    how: Callable[[], Any]
+    sources: tuple[Tensor, ...]
+
+    @property
+    def captured(self) -> bool:
+        return bool(self.sources)
+
+
+class _Now:
+    """A tensor's value now; the same object while what it is made of stays, as plans go by that."""
+
+    def __init__(self, made: _Made, last: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.made, self.last = made, last
+        self.kept: tuple[tuple[int, ...], Tensor] | None = None
+
+    def __call__(self) -> Tensor:
+        sources = self.made.sources
+        if any(x.requires_grad or x.is_inference() for x in sources):
+            return self._value()
+        versions = tuple(x._version for x in sources)
+        if self.kept is None or self.kept[0] != versions:
+            self.kept = versions, self._value()
+        return self.kept[1]
+
+    def _value(self) -> Tensor:
+        found: Tensor = self.made.how()
+        return found if self.last is None else self.last(found)
 
 
 class _Mode(TorchFunctionMode):
@@ -342,30 +468,32 @@ class _Mode(TorchFunctionMode):
 
 RANDOM = ("rand", "bernoulli", "multinomial", "dropout", "normal", "poisson")
 
-DEEPEST = 8
-"""Functions in functions in which numbers are looked for."""
+WRITES = frozenset(
+    (
+        *("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__"),
+        *("__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__"),
+        *("__ilshift__", "__irshift__"),
+    )
+)
+
+VALUES = frozenset(
+    (
+        *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__"),
+        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__"),
+    )
+)
+"""Functions that make Python's own values of tensors."""
 
 
 def _part(whole: Callable[[], Any], at: int) -> Any:
     return whole()[at]
 
 
-def _stem(name: str) -> str:
-    return re.sub(r"_\d+$", "", name)
-
-
-def _kind(expr: Expr) -> str:
-    return f"{'an' if ir.kind(expr) is Kind.INT else 'a'} {ir.kind(expr).value}"
-
-
-def _is_library(x: Any) -> bool:
-    """Torch's own functions have no numbers of the user's."""
-    if isinstance(x, types.FunctionType) and x.__closure__:
-        return False
-    return str(getattr(x, "__module__", "") or "").split(".")[0] == "torch"
-
-
-def _names_in(code: types.CodeType) -> set[str]:
-    """Globals that a function, or one within it, may read."""
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return set(code.co_names).union(*(_names_in(one) for one in inner))
+def _of_function(
+    mod: Mod, what: str, hint: str, error: type[AttnccError] = ArgumentError
+) -> AttnccError:
+    """An error that shows the line a function begins at."""
+    function = plain(mod)
+    if function is None:
+        return error(what, hint=hint)
+    return traced.at_line(error, what, hint, function.__code__)

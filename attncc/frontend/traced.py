@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any, NoReturn
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from attncc.errors import AttnccError, KindError, UnsupportedError
 from attncc.ir import ops
-from attncc.ir.expr import Axis, Const, Expr, Load, Scalar, Score, Span, TensorParam, walk
+from attncc.ir.expr import Const, Expr, Index, Load, Scalar, Score, Span, TensorParam, walk
 from attncc.ir.expr import apply as applied
-from attncc.ir.expr import axes as axes_of
 from attncc.ir.expr import kind as kind_of
 from attncc.ir.ops import Kind, Op
+from attncc.ir.show import show
 
 DTYPES = {Kind.BOOL: torch.bool, Kind.INT: torch.int64, Kind.FLOAT: torch.float32}
 TYPES: dict[Kind, type] = {Kind.BOOL: bool, Kind.INT: int, Kind.FLOAT: float}
@@ -42,6 +43,7 @@ class Traced:
     def __init__(self, expr: Expr, is_number: bool = False) -> None:
         self.expr = expr
         self.is_number = is_number
+        """Whether Python's own number stands here, in the function as it is."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -57,32 +59,21 @@ class Traced:
 
     # -- what users ask of 0-dim tensors
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.kind]
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(())
-
-    ndim = 0
-
-    def dim(self) -> int:
-        return 0
-
-    def numel(self) -> int:
-        return 1
-
     def __getattr__(self, name: str) -> Any:
-        """Methods of tensors, by the table of functions."""
+        """Attributes of a 0-dim tensor, and its methods, by the table of functions."""
         if name.startswith("__"):
             raise AttributeError(name)
-        if name not in FUNCTIONS and not hasattr(Tensor, name):
+        if self.is_number:
+            if not hasattr(TYPES[self.kind], name):
+                raise AttributeError(f"a number has no attribute {name!r}")
+            self._concrete()
+        if name in ("dtype", "requires_grad", *FACTS):
+            return {**FACTS, "dtype": DTYPES[self.kind], "requires_grad": False}[name]
+        if name in ("T", "mT", "data", "real"):
+            return self
+        if name not in FUNCTIONS and not callable(getattr(Tensor, name, None)):
             raise AttributeError(f"a position has no attribute {name!r}")
+        name = "where_method" if name == "where" else name
         return lambda *args, **kwargs: call(name, (self, *args), kwargs)
 
     def __getitem__(self, at: object) -> Traced:
@@ -93,12 +84,13 @@ class Traced:
     # -- Python's own operators
 
     def __bool__(self) -> NoReturn:
-        self._concrete("Python branches on a value that varies with the pair")
+        self._concrete("Python branches on")
 
-    def __index__(self) -> NoReturn:
-        self._concrete("Python asks for the value of a position")
+    def __index__(self, *_: object) -> NoReturn:
+        self._concrete()
 
-    __int__ = __float__ = __index__
+    __int__ = __float__ = __complex__ = __round__ = __trunc__ = __divmod__ = __rdivmod__ = __index__
+    item = tolist = __index__
 
     def __len__(self) -> NoReturn:
         refuse("a position has no length", "it is a number, as in a 0-dim tensor")
@@ -106,23 +98,22 @@ class Traced:
     def __iter__(self) -> NoReturn:
         refuse("a position has nothing to iterate over", "it is a number, as in a 0-dim tensor")
 
-    def item(self) -> NoReturn:
-        self._concrete("Python asks for the value of a position")
-
-    def tolist(self) -> NoReturn:
-        self.item()
-
     def __hash__(self) -> int:
-        return id(self)
+        return self._concrete() if self.is_number else id(self)
 
-    def _concrete(self, what: str) -> NoReturn:
-        names = {x.param.name for x in walk(self.expr) if isinstance(x, Scalar)}
-        fixed = not any(isinstance(x, (Load, Score)) for x in walk(self.expr))
-        if names and fixed and axes_of(self.expr) == Axis.NONE:
-            raise NeedsValue(names)
+    def __repr__(self) -> str:
+        return self._concrete() if self.is_number else f"<{show(self.expr)}>"
+
+    def __format__(self, _: str) -> str:
+        return repr(self)
+
+    def _concrete(self, what: str = "Python asks for") -> NoReturn:
+        need_numbers([self])
+        varies = show(self.expr)
+        varies = varies if len(varies) <= 60 else f"{varies[:60]}..."
         refuse(
-            f"{what}, and is not known before the kernel runs",
-            "write torch.where(condition, a, b), or & and | for conditions",
+            f"{what} the value of '{varies}', which is not known before the kernel runs",
+            "write torch.where(condition, a, b), and &, | and ~ for and, or and not",
         )
 
     @classmethod
@@ -153,12 +144,42 @@ for _name in ("neg", "invert", "abs", "pos"):
     setattr(Traced, f"__{_name}__", lambda self, name=_name: call(name, (self,), {}))
 
 
+FACTS = {"device": torch.device("cpu"), "shape": torch.Size(()), "ndim": 0, "is_cuda": False}
+METHODS: dict[str, Callable[[Traced], object]] = {
+    "dim": lambda x: 0,
+    "numel": lambda x: 1,
+    "size": lambda x: torch.Size(()),
+    "is_floating_point": lambda x: x.kind is Kind.FLOAT,
+}
+"""What torch knows of a value without its value."""
+
+
+def need_numbers(values: Iterable[Traced]) -> None:
+    """Asks for the captured numbers that a value is made of, where it is made of nothing else."""
+    names: set[str] = set()
+    for value in values:
+        for node in walk(value.expr):
+            match node:
+                case Scalar(param):
+                    names.add(param.name)
+                case Load() | Score() | Index():
+                    return
+    if names:
+        raise NeedsValue(names)
+
+
 class Captured:
     """A captured tensor of which some axes have been indexed."""
 
-    def __init__(self, param: TensorParam, sizes: Sequence[int], at: Sequence[Expr | None]) -> None:
-        self.param, self.sizes, self.at = param, sizes, at
-        """at: an index for each axis, or None where it is open."""
+    def __init__(
+        self,
+        param: TensorParam,
+        sizes: Sequence[int],
+        at: Sequence[Expr | None],
+        measured: Callable[[], None],
+    ) -> None:
+        """at: an index for each axis, or None where it is open. measured: told when sizes count."""
+        self.param, self.sizes, self.at, self.measured = param, sizes, at, measured
 
     def __getitem__(self, index: object) -> Traced | Captured:
         given = list(index) if isinstance(index, tuple) else [index]
@@ -169,13 +190,14 @@ class Captured:
             given[here : here + 1] = [slice(None)] * (len(free) - len(given) + 1)
         if len(given) > len(free):
             return refuse(
-                f"{self.param.name} has {len(self.sizes)} axes, and is indexed by more", ""
+                f"{self.param.name} has {len(self.sizes)} axes, and is indexed by more",
+                "give one index an axis",
             )
         for axis, one in zip(free, given, strict=False):
             if not (isinstance(one, slice) and one == slice(None)):
                 at[axis] = self._index(one, self.sizes[axis])
         if None in at:
-            return Captured(self.param, self.sizes, at)
+            return Captured(self.param, self.sizes, at, self.measured)
         return Traced(Load(self.param, tuple(x for x in at if x is not None)))
 
     def _index(self, one: object, size: int) -> Expr:
@@ -185,7 +207,8 @@ class Captured:
                 "index every axis by one number: table[h, q_idx]",
             )
         expr = as_expr(one)
-        if isinstance(expr, Const) and isinstance(expr.value, int) and expr.value < 0:
+        if isinstance(expr, Const) and type(expr.value) is int and -size <= expr.value < 0:
+            self.measured()
             return Const(expr.value + size)  # as Python counts from the end
         if kind_of(expr) is not Kind.INT:
             refuse(
@@ -195,40 +218,92 @@ class Captured:
         return expr
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._open()
+
+    def _open(self, *_: object) -> NoReturn:
+        count = list(self.at).count(None)
         refuse(
-            f"{self.param.name} still has {self.at.count(None)} open axes",
+            f"{self.param.name} is used with {count} open {'axis' if count == 1 else 'axes'}",
             "index every axis: table[h, q_idx]",
         )
+
+    __bool__ = __len__ = __iter__ = _open
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return call(name_of(func), args, kwargs or {})
+
+
+for _name in (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"),
+    *("lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne", "neg", "invert", "abs"),
+):
+    setattr(Captured, f"__{_name}__", Captured._open)
+    setattr(Captured, f"__r{_name}__", Captured._open)
 
 
 # -- errors
 
 
-def frame_of_user() -> Any:
-    """The innermost frame of code that is neither torch's nor ours; None where there is none."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((*OURS, "<frozen")):
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame
-
-
 def refuse(what: str, hint: str, error: type[AttnccError] = UnsupportedError) -> NoReturn:
-    """Raise with the user's own line."""
-    frame = frame_of_user()
+    """Raise with the user's own line, which is under way."""
+    frame = sys._getframe(1)
+    while frame is not None and _is_ours(frame.f_code):
+        frame = frame.f_back  # type: ignore[assignment]
     if frame is None:
         raise error(what, hint=hint)
-    path = frame.f_code.co_filename
-    positions = list(frame.f_code.co_positions())
-    line, end, column, last = positions[frame.f_lasti // 2]
-    line, column = line or frame.f_lineno, column or 0
-    length = last - column if last is not None and end == line else 1
-    raise error(
-        what,
-        hint=hint,
-        source="".join(linecache.getlines(path)),
-        span=Span(line, column + 1, max(1, length)),
-        path=path,
+    raise _at(error, what, hint, frame.f_code, frame.f_lasti)
+
+
+def located(what: str, error: BaseException) -> AttnccError:
+    """What an exception means, with the user's line that it left last."""
+    hint = "the function runs once, on values that behave as 0-dim tensors"
+    place = None
+    trace = error.__traceback__
+    while trace is not None:
+        if not _is_ours(trace.tb_frame.f_code):
+            place = trace.tb_frame.f_code, trace.tb_lasti
+        trace = trace.tb_next
+    if place is None:
+        return UnsupportedError(what, hint=hint)
+    return _at(UnsupportedError, what, hint, *place)
+
+
+def at_line(error: type[AttnccError], what: str, hint: str, code: CodeType) -> AttnccError:
+    """An error that shows where a function begins."""
+    line = linecache.getline(code.co_filename, code.co_firstlineno)
+    indent = len(line) - len(line.lstrip())
+    span = Span(code.co_firstlineno, indent + 1, max(1, len(line.strip())))
+    return _with_text(error, what, hint, code.co_filename, span)
+
+
+def _is_ours(code: CodeType) -> bool:
+    return code.co_filename.startswith((*OURS, "<frozen"))
+
+
+def _at(
+    error: type[AttnccError], what: str, hint: str, code: CodeType, instruction: int
+) -> AttnccError:
+    """An error that shows what of its line a function was at."""
+    line, end, column, last = list(code.co_positions())[instruction // 2]
+    line = line or code.co_firstlineno
+    text = linecache.getline(code.co_filename, line).encode()
+    column = len(text[: column or 0].decode(errors="ignore"))  # Python counts bytes
+    last = len(text[: last or 0].decode(errors="ignore")) if end == line else 0
+    return _with_text(
+        error, what, hint, code.co_filename, Span(line, column + 1, max(1, last - column))
     )
+
+
+def _with_text(
+    error: type[AttnccError], what: str, hint: str, path: str, span: Span
+) -> AttnccError:
+    source = "".join(linecache.getlines(path))
+    return error(what, hint=hint, source=source, span=span, path=path)
 
 
 # -- kinds
@@ -239,7 +314,7 @@ def as_expr(x: object) -> Expr:
     if type(x) is Traced:
         return x.expr
     if type(x) is Captured:
-        refuse(f"{x.param.name} is used with open axes", "index every axis: table[h, q_idx]")
+        x._open()
     if isinstance(x, Tensor):
         found = active().read(x)
         if isinstance(found, Captured):
@@ -308,15 +383,45 @@ Handler = Callable[..., Expr]
 FUNCTIONS: dict[str, Handler] = {}
 """By torch's names, `__add__` without its underscores; arguments are expressions."""
 
-RAW: dict[str, Callable[..., object]] = {}
+RAW: dict[str, Callable[..., Expr]] = {}
 """The same of functions that take their arguments as they come."""
 
 
-def _pair(op: Op) -> Handler:
+def _division(op: Op) -> Handler:
     def handler(x: Expr, y: Expr) -> Expr:
-        return applied(op, *(as_number(z) for z in (x, y)))
+        if isinstance(y, Const) and y.value == 0:
+            refuse("a division by zero", "the divisor is 0 for every pair; write the one you mean")
+        return applied(op, as_number(x), as_number(y))
 
     return handler
+
+
+def _extreme(logic: Op, op: Op) -> Handler:
+    def handler(x: Expr, y: Expr) -> Expr:
+        bools = kind_of(x) is kind_of(y) is Kind.BOOL
+        return applied(logic, x, y) if bools else applied(op, as_number(x), as_number(y))
+
+    return handler
+
+
+def _shift_left(x: Expr, n: Expr) -> Expr:
+    """Torch's: nothing is left of 64 bits shifted by 64, or by less than 0."""
+    x, n = as_number(x), as_number(n)
+    shifted = applied(ops.SHL, x, n)
+    if isinstance(n, Const) and n.value in range(64):
+        return shifted
+    inside = applied(ops.AND, applied(ops.GE, n, Const(0)), applied(ops.LT, n, Const(64)))
+    return applied(ops.WHERE, inside, shifted, Const(0))
+
+
+def _shift_right(x: Expr, n: Expr) -> Expr:
+    """Torch's: the sign is left where the count is below 0, as where it is above 63."""
+    x, n = as_number(x), as_number(n)
+    shifted = applied(ops.SHR, x, n)
+    if isinstance(n, Index) or (isinstance(n, Const) and n.value >= 0):
+        return shifted
+    negative = applied(ops.LT, n, Const(0))
+    return applied(ops.WHERE, negative, applied(ops.SHR, x, Const(63)), shifted)
 
 
 def _one(op: Op) -> Handler:
@@ -389,6 +494,7 @@ def _mul(x: Expr, y: Expr) -> Expr:
 
 def _div(x: object, y: object, rounding_mode: str | None = None) -> Expr:
     a, b = (as_number(as_expr(z)) for z in (x, y))
+    _division(ops.DIV)(a, b)
     if rounding_mode == "floor":
         return applied(ops.FLOORDIV, a, b)
     if rounding_mode == "trunc":
@@ -411,7 +517,29 @@ def _where(condition: Expr, x: Expr, y: Expr) -> Expr:
 
 
 def _masked_fill(x: Expr, mask: Expr, value: Expr) -> Expr:
-    return _where(mask, value, x)
+    return _where(mask, AS[kind_of(x)](value), x)
+
+
+def _rounded(x: Expr) -> Expr:
+    """Halves to the even neighbour."""
+    if kind_of(x) is not Kind.FLOAT:
+        return x
+    below = applied(ops.FLOOR, x)
+    above = applied(ops.ADD, below, Const(1))
+    rest, half = applied(ops.SUB, x, as_float(below)), Const(0.5)
+    even = applied(ops.EQ, applied(ops.MOD, below, Const(2)), Const(0))
+    down = applied(
+        ops.OR, applied(ops.LT, rest, half), applied(ops.AND, applied(ops.EQ, rest, half), even)
+    )
+    return as_float(applied(ops.WHERE, down, below, above))
+
+
+def _fmod(x: Expr, y: Expr) -> Expr:
+    """The remainder with the dividend's sign."""
+    x, y = alike(as_number(x), as_number(y))
+    rest = _division(ops.MOD)(applied(ops.ABS, x), applied(ops.ABS, y))
+    negative = applied(ops.LT, x, AS[kind_of(x)](Const(0)))
+    return applied(ops.WHERE, negative, applied(ops.NEG, rest), rest)
 
 
 def _clamp(x: object, min: object = None, max: object = None) -> Expr:
@@ -428,22 +556,29 @@ LARGEST_POWER = 16
 
 def _pow(x: Expr, y: Expr) -> Expr:
     x, y = as_number(x), as_number(y)
-    if isinstance(y, Const):
+    if not isinstance(y, Const):
+        need_numbers([Traced(y)])
+        need_numbers([Traced(x)])
+    else:
         exponent = y.value
         if exponent in range(1, LARGEST_POWER + 1):
             found = x = as_float(x) if isinstance(exponent, float) else x
             for _ in range(1, int(exponent)):
                 found = applied(ops.MUL, found, x)
             return found
-        simple = {0: lambda z: Const(1), 0.5: _of_float(ops.SQRT), -0.5: _of_float(ops.RSQRT)}
-        if exponent in simple:
-            return simple[exponent](x)
+        if exponent == 0:
+            return Const(1.0 if Kind.FLOAT in (kind_of(x), kind_of(y)) else 1)
+        roots = {0.5: ops.SQRT, -0.5: ops.RSQRT}
+        if exponent in roots:
+            return applied(roots[exponent], as_float(x))
         if exponent in range(-LARGEST_POWER, 0):
+            if kind_of(x) is kind_of(y) is Kind.INT:
+                refuse("an int to a negative power", "make it a float: x.float()")
             return applied(ops.DIV, Const(1.0), _pow(as_float(x), Const(-int(exponent))))
     if isinstance(x, Const) and x.value > 0:
         if Kind.INT is kind_of(x) is kind_of(y):
             if x.value == 2:
-                return applied(ops.SHL, Const(1), y)
+                return _shift_left(Const(1), y)
         elif x.value == 2:
             return applied(ops.EXP2, as_float(y))
         else:
@@ -500,6 +635,12 @@ def _same(x: object, *_: object, **__: object) -> Expr:
     return as_expr(x)
 
 
+def _shaped(x: object, *sizes: object, **_: object) -> Expr:
+    if any(size not in ((), [], torch.Size(())) for size in sizes):
+        refuse("a position is given a shape", "it stays a number, as in a 0-dim tensor")
+    return as_expr(x)
+
+
 FUNCTIONS |= {
     "add": _add,
     "sub": _sub,
@@ -509,17 +650,18 @@ FUNCTIONS |= {
     "multiply": _mul,
     "truediv": lambda x, y: _div(Traced(x), Traced(y)),
     "true_divide": lambda x, y: _div(Traced(x), Traced(y)),
-    "floordiv": _pair(ops.FLOORDIV),
-    "floor_divide": _pair(ops.FLOORDIV),
-    "mod": _pair(ops.MOD),
-    "remainder": _pair(ops.MOD),
+    "floordiv": _division(ops.FLOORDIV),
+    "floor_divide": _division(ops.FLOORDIV),
+    "mod": _division(ops.MOD),
+    "remainder": _division(ops.MOD),
+    "fmod": _fmod,
     "pow": _pow,
     "float_power": lambda x, y: _pow(as_float(x), y),
     "and": _bits(ops.AND, ops.BITAND),
     "or": _bits(ops.OR, ops.BITOR),
     "xor": _bits(ops.NE, ops.BITXOR),
-    "lshift": _pair(ops.SHL),
-    "rshift": _pair(ops.SHR),
+    "lshift": _shift_left,
+    "rshift": _shift_right,
     "logical_and": _logic(ops.AND),
     "logical_or": _logic(ops.OR),
     "logical_xor": _logic(ops.NE),
@@ -535,13 +677,10 @@ FUNCTIONS |= {
     "neg": _one(ops.NEG),
     "pos": lambda x: x,
     "abs": _one(ops.ABS),
-    "minimum": _pair(ops.MIN),
-    "maximum": _pair(ops.MAX),
-    "fmin": _pair(ops.MIN),
-    "fmax": _pair(ops.MAX),
-    "min": _pair(ops.MIN),
-    "max": _pair(ops.MAX),
+    "minimum": _extreme(ops.AND, ops.MIN),
+    "maximum": _extreme(ops.OR, ops.MAX),
     "where": _where,
+    "where_method": lambda x, condition, y: _where(condition, x, y),
     "masked_fill": _masked_fill,
     "exp": _of_float(ops.EXP),
     "exp2": _of_float(ops.EXP2),
@@ -557,7 +696,7 @@ FUNCTIONS |= {
     "tanh": _of_float(ops.TANH),
     "sigmoid": _of_float(ops.SIGMOID),
     "softplus": _of_float(ops.SOFTPLUS),
-    "logsigmoid": lambda x: applied(ops.NEG, applied(ops.SOFTPLUS, applied(ops.NEG, as_float(x)))),
+    "log_sigmoid": lambda x: applied(ops.NEG, applied(ops.SOFTPLUS, applied(ops.NEG, as_float(x)))),
     "silu": lambda x: applied(ops.MUL, as_float(x), applied(ops.SIGMOID, as_float(x))),
     "relu": lambda x: applied(ops.MAX, as_number(x), Const(TYPES[kind_of(as_number(x))](0))),
     "sin": _of_float(ops.SIN),
@@ -565,6 +704,7 @@ FUNCTIONS |= {
     "floor": _floored,
     "ceil": _ceiled,
     "trunc": _truncated,
+    "round": _rounded,
     "fix": _truncated,
     "sign": _sign,
     "float": as_float,
@@ -593,6 +733,13 @@ for _alias, _of in {
     "less_equal": "le",
     "not_equal": "ne",
     "special_expit": "sigmoid",
+    "logsigmoid": "log_sigmoid",
+    "min": "minimum",
+    "max": "maximum",
+    "fmin": "minimum",
+    "fmax": "maximum",
+    "clamp_min": "maximum",
+    "clamp_max": "minimum",
 }.items():
     FUNCTIONS[_alias] = FUNCTIONS[_of]
 RAW |= {
@@ -610,22 +757,23 @@ RAW |= {
     "new_ones": _filled(1),
     "new_full": _filled(None),
     "new_tensor": lambda x, value, **_: as_expr(value),
-    "all": _same,
-    "any": _same,
+    "all": lambda x: as_bool(as_expr(x)),
+    "any": lambda x: as_bool(as_expr(x)),
     "squeeze": _same,
-    "view": _same,
-    "reshape": _same,
-    "expand": _same,
-    "broadcast_to": _same,
+    "view": _shaped,
+    "reshape": _shaped,
+    "expand": _shaped,
+    "broadcast_to": _shaped,
     "cpu": _same,
     "cuda": _same,
 }
 
 
 def name_of(func: Any) -> str:
-    """`add` for torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__ and aten's."""
-    name = str(getattr(func, "__name__", func)).split(".")[0]
-    return name
+    """`add` for torch.add, Tensor.add and aten's, `__add__` and `__radd__` for operators."""
+    if func is Tensor.where:  # which takes its arguments in another order than torch.where
+        return "where_method"
+    return str(getattr(func, "__name__", func)).split(".")[0]
 
 
 def call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -633,36 +781,42 @@ def call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain = name.removeprefix("__").removesuffix("__") if name.startswith("__") else name
     if plain not in FUNCTIONS and plain not in RAW and name.startswith("__r"):
         plain, args = plain[1:], (args[1], args[0])
-    kwargs = {k: x for k, x in kwargs.items() if k not in ("out", "inplace") or x}
     if plain.startswith("i") and plain[1:] in FUNCTIONS and name.startswith("__"):
         plain = plain[1:]  # x += 1 makes a new value of a position
     if plain == "getitem":
         return active().read(args[0])[args[1]]
-    if plain == "setitem" or (plain.endswith("_") and not name.startswith("__")):
+    kwargs = {k: x for k, x in kwargs.items() if x is not None and (k, x) != ("inplace", False)}
+    leaves = list(flattened([args, kwargs]))
+    stands = [x for x in leaves if type(x) is Traced]
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    known = plain in FUNCTIONS or plain in RAW
+    if not known or any(x.dim() > 0 for x in tensors):
+        need_numbers(stands)
+    if plain in METHODS and type(args[0]) is Traced:
+        return METHODS[plain](args[0])
+    if plain == "setitem" or (plain.endswith("_") and not name.startswith("__")) or "out" in kwargs:
         refuse(f"{plain} writes in place", f"write {plain.rstrip('_')}, which makes a new value")
-    if plain in RAW:
-        return Traced(RAW[plain](*args, **kwargs))  # type: ignore[arg-type]
-    handler = FUNCTIONS.get(plain)
-    if handler is None:
-        _unknown(plain, args)
-    given = [as_expr(x) for x in args]
+    if not known:
+        refuse(
+            f"torch's {plain} has no meaning for one pair of positions",
+            "use arithmetic, comparisons, torch.where, pointwise functions, captured tensors",
+        )
+    numbers = not tensors and all(x.is_number for x in stands) and Captured not in map(type, leaves)
+    return Traced(_applied(plain, args, kwargs), is_number=numbers)
+
+
+def _applied(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expr:
+    """A function of the tables, applied."""
     try:
-        return Traced(handler(*given, **{k: as_expr(x) for k, x in kwargs.items()}))
+        if name in RAW:
+            return RAW[name](*args, **kwargs)
+        given = [as_expr(x) for x in args]
+        return FUNCTIONS[name](*given, **{k: as_expr(x) for k, x in kwargs.items()})
     except TypeError:
-        refuse(f"torch's {plain} with these arguments", "write it with arithmetic and torch.where")
+        refuse(f"torch's {name} with these arguments", "write it with arithmetic and torch.where")
     except AssertionError:
-        kinds = ", ".join(kind_of(x).value for x in given)
-        refuse(f"torch's {plain} of {kinds}", "convert one: x.to(torch.float32)", KindError)
-
-
-def _unknown(name: str, args: tuple[Any, ...]) -> NoReturn:
-    for x in args:
-        if type(x) is Traced and x.is_number:
-            x._concrete("")
-    refuse(
-        f"torch's {name} has no meaning for one pair of positions",
-        "use arithmetic, comparisons, torch.where, pointwise functions, captured tensors",
-    )
+        kinds = ", ".join(x.kind.value for x in args if type(x) is Traced)
+        refuse(f"torch's {name} of {kinds}", "convert one: x.to(torch.float32)", KindError)
 
 
 # -- the trace under way

@@ -29,6 +29,15 @@ def postorder(expr: Expr, skip: Container[int] = ()) -> Iterator[Expr]:
             stack.extend((child, False) for child in reversed(children(node)))
 
 
+def mapped(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """The expression with `change` applied to every node, children first."""
+    done: dict[int, Expr] = {}
+    for node in postorder(expr):
+        parts = tuple(done[id(child)] for child in children(node))
+        done[id(node)] = change(rebuild(node, parts))
+    return done[id(expr)]
+
+
 class Rewriter:
     """Applies rules until none changes anything; equal results are one object.
 
