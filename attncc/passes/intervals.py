@@ -132,18 +132,24 @@ class Bounder:
 
     def _pair(self, load: Load) -> Interval:
         """Of the few elements that a tile reads, where no index of both positions moves further."""
-        at = [self.done[id(index)][1] for index in load.at]
-        ends = [tuple(dict.fromkeys((i.lo, i.hi))) for i in at if i.lo is not None]
-        moving = [(lo, hi) for lo, *rest in ends for hi in rest if hi is not None]
-        if any(None in (i.lo, i.hi) for i in at) or len(moving) > MAX_MOVING:
+        ends: list[tuple[Expr, ...]] = []
+        near: list[Expr] = []
+        for index in load.at:
+            at = self.done[id(index)][1]
+            if at.lo is None or at.hi is None:
+                return self.unknown(load)
+            ends.append((at.lo,) if at.exact else (at.lo, at.hi))
+            near.append(at.when)
+            if not at.exact:
+                near.append(self.make(ops.LE, self.make(ops.SUB, at.hi, at.lo), Const(1)))
+        if sum(map(len, ends)) > len(ends) + MAX_MOVING:
             return self.unknown(load)
-        near = [self.make(ops.LE, self.make(ops.SUB, hi, lo), Const(1)) for lo, hi in moving]
         read = [self.simplify(Load(load.tensor, corner)) for corner in product(*ends)]
         fold = (ops.AND, ops.OR) if kind(load) is Kind.BOOL else (ops.MIN, ops.MAX)
         low, high = (self._combined(op, read) for op in fold)
         if kind(load) is Kind.FLOAT:  # it may be a float64, which kernels round
             low, high = self._moved(ops.SUB, low), self._moved(ops.ADD, high)
-        return self._where(load, Interval(low, high), [*near, *(index.when for index in at)])
+        return self._where(load, Interval(low, high), near)
 
     def _apply(self, expr: Apply) -> Interval:
         args = [self.done[id(arg)][1] for arg in expr.args]
