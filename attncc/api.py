@@ -15,12 +15,10 @@ from torch import Tensor
 from attncc import frontend
 from attncc.backends import dense, registry
 from attncc.backends.triton.versions import installed
-from attncc.binding import RESERVED, Binding, bind, bind_lengths, check_inputs
+from attncc.binding import Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
 from attncc.capture import capturing
 from attncc.errors import ArgumentError, UnsupportedError
-from attncc.ir import ops
-from attncc.ir.ops import Op
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
 from attncc.passes import analyze
@@ -42,8 +40,13 @@ if TYPE_CHECKING:
 TILE = 128, 128
 """Tiles of a plan where none are asked for, those of most kernels."""
 
-MAKER = "maker"
-"""By which a plan keeps the Attention that made it."""
+RESERVED = frozenset(
+    (
+        *("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile"),
+        *("kernels", "time_budget", "self"),
+    )
+)
+"""Arguments of `Attention`'s methods, which a parameter must not hide behind."""
 
 
 def compile(source: str | Path | Program, name: str | None = None) -> Attention:
@@ -68,13 +71,14 @@ def from_mods(
     sorted:    captured int tensors that never fall along their last axis, by name: documents then
                become loop bounds in closed form. A false promise is an error.
 
-    Each function runs once, on values that stand for positions. Tensors and numbers it captured
-    become parameters: calls take what they hold at the time of the call, and an argument of that
-    name in place of it. A score of -inf masks its pair. Reads out of range are errors where the
-    mask keeps the pair, negative ones too, which do not count from the end; ints do not wrap.
+    The functions run on values that stand for positions. Numbers and tensors they captured become
+    parameters: a call takes the numbers, and what the tensors then hold, or arguments of those
+    names. Numbers that Python itself needs, to branch or to count, and sizes that it reads, are
+    constants. A score of -inf masks its pair. Reads out of range are errors where the mask keeps
+    the pair, negative ones too, which do not count from the end; ints do not wrap.
 
     Raises AttnccError, with the function's own line, for what has no meaning for one pair:
-    branches on positions, writes in place, random numbers.
+    branches on positions, values of captured tensors, writes in place, random numbers.
     """
     from attncc.frontend.mods import traced_mods
 
@@ -84,15 +88,15 @@ def from_mods(
 
 def and_masks(*masks: Attention | Callable[..., Any]) -> Attention:
     """Pairs that every mask keeps, of programs or mask_mods; one may bring a score with it."""
-    return _joined(ops.AND, masks)
+    return _joined("and", masks)
 
 
 def or_masks(*masks: Attention | Callable[..., Any]) -> Attention:
     """Pairs that any of the masks keeps, of programs or mask_mods."""
-    return _joined(ops.OR, masks)
+    return _joined("or", masks)
 
 
-def _joined(op: Op, masks: Sequence[Attention | Callable[..., Any]]) -> Attention:
+def _joined(op: Literal["and", "or"], masks: Sequence[Attention | Callable[..., Any]]) -> Attention:
     if not masks:
         raise ArgumentError("there is no mask to join", hint="pass one or more")
     parts = [x if isinstance(x, Attention) else from_mods(mask_mod=x) for x in masks]
@@ -126,11 +130,11 @@ class Attention:
 
     def __and__(self, other: Attention) -> Attention:
         """Keeps pairs that both keep; the score, if one side has one, stays."""
-        return self._join(ops.AND, other) if isinstance(other, Attention) else NotImplemented
+        return self._join("and", other) if isinstance(other, Attention) else NotImplemented
 
     def __or__(self, other: Attention) -> Attention:
         """Keeps pairs that either keeps; of masks alone."""
-        return self._join(ops.OR, other) if isinstance(other, Attention) else NotImplemented
+        return self._join("or", other) if isinstance(other, Attention) else NotImplemented
 
     def __invert__(self) -> Attention:
         """Keeps the other pairs; of masks alone."""
@@ -138,7 +142,7 @@ class Attention:
 
         return Attention(negated(self.program), self._held)
 
-    def _join(self, op: Op, other: Attention) -> Attention:
+    def _join(self, op: Literal["and", "or"], other: Attention) -> Attention:
         from attncc.frontend.combine import joined
 
         mine, others = self._captured(), other._captured()
@@ -459,6 +463,10 @@ class Attention:
 
 def _value(binding: Binding, name: str) -> object:
     return binding.tensors[name] if name in binding.tensors else binding.scalars[name]
+
+
+MAKER = "maker"
+"""By which a plan keeps the Attention that made it."""
 
 
 def _same(had: object, got: object) -> bool:

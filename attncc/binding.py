@@ -23,14 +23,6 @@ INTS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 DTYPES = {Kind.FLOAT: FLOATS, Kind.INT: INTS, Kind.BOOL: (torch.bool,)}
 """Dtypes a captured tensor of each kind may have; of q, k and v those of a float."""
 
-RESERVED = frozenset(
-    (
-        *("q", "k", "v", "return_lse", "plan", "backend", "deterministic", "dtype", "tile"),
-        *("kernels", "time_budget", "self"),
-    )
-)
-"""Arguments of an Attention's methods, which a parameter must not hide behind."""
-
 SAFE = range(-(2**62), 2**62 + 1)
 """Ints that a position can be added to in 64 bits, as bounds of ranges do."""
 

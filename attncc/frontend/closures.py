@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from torch import Tensor
@@ -28,83 +27,86 @@ class Copies:
         self.number, self.tensor = number, tensor
         self.done: dict[int, tuple[object, Any]] = {}  # the object keeps its id its own
 
-    def __call__(self, x: Any, name: str) -> Any:
-        """The same of a value that the user calls by that name; itself where it holds nothing."""
+    def __call__(self, x: Any, name: str, used: Set[str] = frozenset()) -> Any:
+        """The same of a value that the user calls by that name; itself where it holds nothing.
+
+        used: the names in the code that has it; other attributes of objects are left alone.
+        """
         if type(x) in (bool, int, float):
             return self.number(x, name)
         if isinstance(x, Tensor):
             self.tensor(x, name)
             return x
+        if _is_plain(x):
+            return self._object(x, used | _names_in_calls(x))
         if id(x) not in self.done:
             self.done[id(x)] = x, x
-            made = self._copy(x, name)
-            self.done[id(x)] = x, made
+            self.done[id(x)] = x, self._copy(x, name, used)
         return self.done[id(x)][1]
 
-    def _copy(self, x: Any, name: str) -> Any:
+    def _copy(self, x: Any, name: str, used: Set[str]) -> Any:
         match x:
-            case type() | types.ModuleType():
-                return x
             case functools.partial():
                 names = _arguments(x.func)
-                args = [self(value, one) for value, one in zip(x.args, names, strict=False)]
-                given = {key: self(value, key) for key, value in x.keywords.items()}
+                args = [self(value, one, used) for value, one in zip(x.args, names, strict=False)]
+                given = {key: self(value, key, used) for key, value in x.keywords.items()}
                 return functools.partial(self(x.func, name), *args, **given)
             case types.MethodType():
-                return types.MethodType(self(x.__func__, name), self._object(x.__self__))
+                names_used = _names_in(x.__func__.__code__)
+                return types.MethodType(self(x.__func__, name), self(x.__self__, name, names_used))
             case types.FunctionType():
                 return self._function(x)
             case tuple() | list() if type(x) in (tuple, list):
-                return type(x)(self._item(one, name, len(x)) for one in x)
-            case dict() if type(x) is dict:
+                return type(x)(self._item(one, name, used, len(x)) for one in x)
+            case dict() if type(x) is dict and len(x) <= MANY:
                 return {
-                    key: self._item(one, key if isinstance(key, str) else name, len(x))
+                    key: self(one, key if isinstance(key, str) else name, used)
                     for key, one in x.items()
                 }
-        call = type(x).__call__ if callable(x) else None
-        if isinstance(call, types.FunctionType):
-            own = self._object(x)
-            return own if _is_library(call) else types.MethodType(self(call, name), own)
-        for key, value in getattr(x, "__dict__", {}).items():
-            if isinstance(value, Tensor):
-                self.tensor(value, key)
         return x
 
-    def _item(self, x: Any, name: str, count: int) -> Any:
-        return x if type(x) in (bool, int, float) and count > MANY else self(x, name)
+    def _item(self, x: Any, name: str, used: Set[str], count: int) -> Any:
+        return x if type(x) in (bool, int, float) and count > MANY else self(x, name, used)
 
-    def _object(self, x: Any) -> Any:
-        """An object with other attributes; itself where it cannot be copied."""
-        try:
-            own = copy.copy(x)
-        except Exception:
-            return x
-        if own is x or type(own) is not type(x) or not hasattr(x, "__dict__"):
-            return x
-        for key, value in vars(x).items():
-            vars(own)[key] = self(value, key)
+    def _object(self, x: Any, used: Set[str]) -> Any:
+        """An object with other attributes."""
+        if id(x) not in self.done:
+            own = object.__new__(type(x))
+            vars(own).update(vars(x))
+            self.done[id(x)] = x, own
+        own = self.done[id(x)][1]
+        for key in used & vars(x).keys():
+            vars(own)[key] = self(vars(x)[key], key, used)
+        for held in ("_parameters", "_buffers"):  # of a module
+            for key, value in vars(x).get(held, {}).items():
+                if key in used and isinstance(value, Tensor):
+                    self.tensor(value, key)
         return own
 
     def _function(self, mod: types.FunctionType) -> types.FunctionType:
         code, scope = mod.__code__, dict(mod.__globals__)
+        used = _names_in(code)
         cells = tuple(types.CellType() for _ in code.co_freevars)
         own = types.FunctionType(code, scope, mod.__name__, None, cells)
         own.__dict__.update(mod.__dict__)
-        self.done[id(mod)] = mod, own  # before what it holds, which may be itself
+        self.done[id(mod)] = mod, own  # before what it holds, which may be the function itself
         for name, cell, mine in zip(code.co_freevars, mod.__closure__ or (), cells, strict=True):
             try:
                 held = cell.cell_contents
             except ValueError:  # nothing yet
                 continue
-            mine.cell_contents = self(held, name)
+            mine.cell_contents = self(held, name, used)
         if not _is_library(mod):
-            for name in _names_in(code) & scope.keys():
+            for name in used & scope.keys():
                 if not _is_foreign(scope[name], mod):
-                    scope[name] = self(scope[name], name)
+                    scope[name] = self(scope[name], name, used)
         defaults = mod.__defaults__ or ()
         named = code.co_varnames[: code.co_argcount][code.co_argcount - len(defaults) :]
-        own.__defaults__ = tuple(map(self, defaults, named)) or None
-        own.__kwdefaults__ = {key: self(x, key) for key, x in (mod.__kwdefaults__ or {}).items()}
+        given = zip(defaults, named, strict=True)
+        own.__defaults__ = tuple(self(x, name, used) for x, name in given) or None
+        own.__kwdefaults__ = {
+            key: self(x, key, used) for key, x in (mod.__kwdefaults__ or {}).items()
+        }
         return own
 
 
@@ -132,6 +134,20 @@ def _arguments(func: Any) -> Iterator[str]:
         yield from names if function is func else names[1:]
     while True:
         yield "value"
+
+
+def _is_plain(x: object) -> bool:
+    """Whether an object is its attributes and nothing more, so that it can be made anew by them."""
+    kind = type(x)
+    if isinstance(x, type) or kind.__new__ is not object.__new__ or not hasattr(x, "__dict__"):
+        return False
+    return not any(vars(one).get("__slots__") for one in kind.__mro__)
+
+
+def _names_in_calls(x: object) -> Set[str]:
+    """Names in the code that calling an object runs first."""
+    of = (getattr(type(x), name, None) for name in ("__call__", "forward"))
+    return set().union(*(_names_in(f.__code__) for f in of if isinstance(f, types.FunctionType)))
 
 
 def _is_library(x: types.FunctionType) -> bool:

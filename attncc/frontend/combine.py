@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any, Literal
 
 from attncc.errors import ArgumentError
 from attncc.frontend.mods import with_source
 from attncc.frontend.scope import SIZE_NAMES, is_free
 from attncc.ir import expr as ir
 from attncc.ir import ops
-from attncc.ir.expr import Expr, ScalarParam, Score
-from attncc.ir.ops import Op
-from attncc.ir.program import Normalize, Param, Program
+from attncc.ir.expr import TRUE, Expr, ScalarParam
+from attncc.ir.program import Param, Program
 from attncc.ir.rewrite import mapped
 
 
@@ -24,15 +24,15 @@ def negated(program: Program) -> Program:
 
 
 def joined(
-    op: Op, first: Program, second: Program, same: Collection[str]
+    op: Literal["and", "or"], first: Program, second: Program, same: Collection[str]
 ) -> tuple[Program, Mapping[str, str]]:
-    """Both masks under AND or OR, and what the second's parameters are called in the result.
+    """Both masks under `and` or `or`, and what the second's parameters are called in the result.
 
     same: names of parameters that have one value in both; those declared alike are shared, and
-    any other name of the second that the first has is changed. AND keeps the score, scale, sink
+    any other name of the second that the first has is changed. `and` keeps the score, scale, sink
     and normalize of the side that has them.
     """
-    if op is ops.OR:
+    if op == "or":
         _check_mask(first, "|")
         _check_mask(second, "|")
     elif not (_is_mask(first) or _is_mask(second)):
@@ -44,19 +44,16 @@ def joined(
     names = _new_names(first, second, shared)
     params = {p: _renamed(p, names) for p in second.params}
     change = _changing(params)
-    mask = ir.apply(op, first.mask, mapped(second.mask, change))
-    rest = second if _is_mask(first) else first
-    if rest is second:
-        rest = replace(
-            second,
-            score=mapped(second.score, change),
-            scale=second.scale and mapped(second.scale, change),
-            sink=second.sink and mapped(second.sink, change),
-        )
+    found = {f.name: getattr(second, f.name) for f in fields(second)}
+    exprs: dict[str, Any] = {
+        key: mapped(x, change) for key, x in found.items() if isinstance(x, Expr)
+    }
+    mask = ir.apply(ops.AND if op == "and" else ops.OR, first.mask, exprs["mask"])
+    rest = replace(second, **exprs) if _is_mask(first) else first
     own = tuple(new for old, new in params.items() if old.name not in shared)
     program = replace(
         rest,
-        name=_name(f"{first.name}_{op.name}_{second.name}"),
+        name=_name(f"{first.name}_{op}_{second.name}"),
         params=(*first.params, *own),
         mask=mask,
         grid=(),  # coordinates are written out
@@ -66,8 +63,7 @@ def joined(
 
 
 def _is_mask(program: Program) -> bool:
-    plain = program.score == Score() and program.scale is None and program.sink is None
-    return plain and program.normalize is Normalize.SOFTMAX
+    return replace(program, params=(), mask=TRUE, grid=()) == Program(program.name)
 
 
 def _check_mask(program: Program, symbol: str) -> None:

@@ -1,8 +1,9 @@
 """FlexAttention-style Python functions to Programs.
 
-A function runs on values that stand for positions (`traced.py`). It runs first as it is, then as a
-copy whose captured numbers are parameters (`closures.py`), all but those that Python itself asks
-for, to branch or to count. The second serves if it is the first with the numbers put back.
+A function runs on values that stand for positions (`traced.py`), as a copy whose captured numbers
+are parameters (`closures.py`), all but those that Python itself asks for, to branch or to count.
+That serves if, with the numbers put back, it is what the function as it is comes to; which does
+where it is not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attncc.binding import RESERVED, SAFE
+from attncc.binding import SAFE
 from attncc.errors import ArgumentError, AttnccError, KindError, ProgramSyntaxError
 from attncc.frontend import traced
 from attncc.frontend.closures import Copies, Number, plain
@@ -77,14 +78,7 @@ def traced_mods(
         if mod is not None and not callable(mod):
             raise ArgumentError(f"{what} is {type(mod).__name__}, expected a function, or None")
     of = score_mod, mask_mod, frozenset(sorted)
-    found = _trace(*of, numbers=False)
-    try:
-        general = _trace(*of, numbers=True)
-    except Exception:  # Python's own functions need Python's own numbers
-        general = found
-    if _with_values(general) == _with_values(found):
-        found = general
-    run, mask, score = found
+    run, mask, score = _general(*of) or _trace(*of, numbers=False)
     used = {p for e in (mask, score) for n in ir.walk(e) for p in _param(n)}
     params = tuple(param for param in run.params if param in used)
     if unknown := set(sorted) - {param.name for param in params}:
@@ -147,6 +141,18 @@ def _name(*mods: Mod | None) -> str:
 
 _Found = tuple["_Run", Expr, Expr]
 """A run, and the mask and the score it found."""
+
+
+def _general(score_mod: Mod | None, mask_mod: Mod | None, sorted: frozenset[str]) -> _Found | None:
+    """With numbers as parameters; None where that is not what the functions come to."""
+    of = score_mod, mask_mod, sorted
+    try:
+        found = _trace(*of, numbers=True)
+    except Exception:  # Python's own functions need Python's own numbers
+        return None
+    if found[0].has_numbers and _with_values(found) != _with_values(_trace(*of, numbers=False)):
+        return None
+    return found
 
 
 def _trace(
@@ -255,6 +261,11 @@ class _Run(traced.Trace):
         """Ids of tensors whose sizes the functions asked for."""
 
     @property
+    def has_numbers(self) -> bool:
+        """Whether any was found, for a parameter or a constant."""
+        return any(isinstance(value, Number) for value in self.values.values())
+
+    @property
     def sized(self) -> set[str]:
         """Names of the tensors whose sizes the functions asked for."""
         return {p.name for key, (_, p) in self.tensors.items() if key in self.measured}
@@ -300,6 +311,7 @@ class _Run(traced.Trace):
         except ValueError:  # it has none to be looked at
             pass
         own = Copies(self._number, self._named)(mod, "value")
+        own = own if self.numbers else mod
         with tracing(self), _Mode(self), torch.enable_grad():
             try:
                 found = own(*given)
@@ -331,6 +343,8 @@ class _Run(traced.Trace):
 
     def _free(self, name: str) -> str:
         """The name itself, or with a number, that no parameter has."""
+        from attncc.api import RESERVED  # it imports this module
+
         stem = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "value"
         stem = stem if is_free(stem) and stem not in RESERVED else f"{stem[:50]}_value"
         stem = stem if is_free(stem) else "value"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType
 from typing import Any, NoReturn
@@ -14,7 +15,19 @@ from torch import Tensor
 
 from attncc.errors import AttnccError, KindError, UnsupportedError
 from attncc.ir import ops
-from attncc.ir.expr import Const, Expr, Index, Load, Scalar, Score, Span, TensorParam, walk
+from attncc.ir.expr import (
+    FALSE,
+    TRUE,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Scalar,
+    Score,
+    Span,
+    TensorParam,
+    walk,
+)
 from attncc.ir.expr import apply as applied
 from attncc.ir.expr import kind as kind_of
 from attncc.ir.ops import Kind, Op
@@ -30,8 +43,11 @@ OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 """Folders whose frames are not the user's."""
 
 
-class NeedsValue(Exception):
-    """A captured number is asked for its value; the trace begins again with it as a constant."""
+class NeedsValue(BaseException):
+    """A captured number is asked for its value; the trace begins again with it as a constant.
+
+    No Exception, which a function may catch.
+    """
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
@@ -510,10 +526,17 @@ def _div(x: object, y: object, rounding_mode: str | None = None) -> Expr:
 def _where(condition: Expr, x: Expr, y: Expr) -> Expr:
     x, y = alike(x, y)
     condition = as_bool(condition)
-    if kind_of(x) is Kind.BOOL:
-        both = applied(ops.AND, condition, x)
-        return applied(ops.OR, both, applied(ops.AND, applied(ops.NOT, condition), y))
-    return applied(ops.WHERE, condition, x, y)
+    if kind_of(x) is not Kind.BOOL:
+        return applied(ops.WHERE, condition, x, y)
+    if y == FALSE:
+        return applied(ops.AND, condition, x)
+    if x == TRUE:
+        return applied(ops.OR, condition, y)
+    other = applied(ops.NOT, condition)
+    if y == TRUE:
+        return applied(ops.OR, other, x)
+    second = applied(ops.AND, other, y)
+    return second if x == FALSE else applied(ops.OR, applied(ops.AND, condition, x), second)
 
 
 def _masked_fill(x: Expr, mask: Expr, value: Expr) -> Expr:
@@ -829,11 +852,11 @@ class Trace:
         raise NotImplementedError
 
 
-_ACTIVE: list[Trace] = []
+_ACTIVE: ContextVar[Trace] = ContextVar("trace")
 
 
 def active() -> Trace:
-    return _ACTIVE[-1]
+    return _ACTIVE.get()
 
 
 class tracing:
@@ -843,10 +866,10 @@ class tracing:
         self.trace = trace
 
     def __enter__(self) -> None:
-        _ACTIVE.append(self.trace)
+        self.before = _ACTIVE.set(self.trace)
 
     def __exit__(self, *_: object) -> None:
-        _ACTIVE.pop()
+        _ACTIVE.reset(self.before)
 
 
 def flattened(values: object) -> Iterator[object]:

@@ -75,6 +75,7 @@ def configured(b: Any, h: Any, q: Any, k: Any, *, size: int) -> Any:
 DOC = torch.tensor([[0] * 10 + [1] * 20 + [2] * 18, [5] * 30 + [3] * 18], dtype=torch.int32)
 KEEP = torch.rand(B, H, N, N, generator=torch.Generator().manual_seed(0)) < 0.6
 KIND = torch.tensor([0, 1, 2, 1])
+BLOCKS = torch.tensor([[[1, 0, 1], [0, 1, 0], [1, 1, 1]]] * H, dtype=torch.bool)
 
 MASKS = {
     "causal": causal,
@@ -100,6 +101,59 @@ MASKS = {
     "sum of bools": lambda b, h, q, k: (q > k).int() + (k > 3).long() + (q > 9) >= 2,
     "scalar tensor": lambda b, h, q, k: q - k < torch.tensor(6),
     "true": lambda b, h, q, k: True,
+}
+
+
+def packed(mask_mod: Any, offsets: Tensor) -> Any:
+    """The mask within each document, by positions that begin anew in it."""
+    doc = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+
+    def within(b: Any, h: Any, q: Any, k: Any) -> Any:
+        inner = mask_mod(b, h, q - offsets[doc[q]], k - offsets[doc[k]])
+        return torch.where(doc[q] == doc[k], inner, False)
+
+    return within
+
+
+def tiles(width: int, tile: int, reach: Tensor) -> Any:
+    """Tiles of a grid that see tiles around them; the reach is a tensor of no axes."""
+
+    def coordinates(token: Any) -> tuple[Any, Any]:
+        return token // width // tile, token % width // tile
+
+    def near(b: Any, h: Any, q: Any, k: Any) -> Any:
+        pairs = zip(coordinates(q), coordinates(k), strict=True)
+        return functools.reduce(torch.logical_and, [(x - y).abs() <= reach for x, y in pairs])
+
+    return near
+
+
+def dilated(size: int, step: int) -> Any:
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        far = q - k
+        try:
+            if step == 1:
+                return far < size
+        except Exception:
+            return q < k
+        return (far >= 0) & (far <= size * step) & (far % step == 0)
+
+    return mask
+
+
+MASKS |= {
+    "packed": packed(window(6), torch.tensor([0, 11, 30, N])),
+    "packed natten": packed(natten(4, 1), torch.tensor([0, 20, N])),
+    "tiles": tiles(8, 2, torch.tensor(1)),
+    "dilated": dilated(5, 3),
+    "not dilated": dilated(5, 1),
+    "blocks": lambda b, h, q, k: BLOCKS[h][q // 16, k // 16],
+    "chosen": lambda b, h, q, k: torch.where(
+        torch.where(q > 9, True, k > 3),
+        torch.where(k > q, False, k % 5 > h),
+        (k > 7).where(q < 5, True),
+    ),
+    "first of each": lambda b, h, q, k: (k == torch.tensor([0, 3, 5, 7])[h]) | (q == k),
 }
 
 
@@ -504,6 +558,19 @@ def test_functions_that_call_each_other() -> None:
     assert traced_mods(lambda s, b, h, q, k: even(4, s), None).arguments() == {"SCALE": 0.5}
 
 
+class Settings:
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+        self.unused = 5
+
+
+def test_attributes_of_captured_objects() -> None:
+    settings = Settings(6)
+    found = traced_mods(None, lambda b, h, q, k: q - k < settings.reach)
+    assert found.arguments() == {"reach": 6}
+    assert vars(settings) == {"reach": 6, "unused": 5}
+
+
 class Gate(torch.nn.Module):
     """A module with a parameter, a number and a method that serves as a mask."""
 
@@ -712,6 +779,19 @@ def expressions() -> st.SearchStrategy[str]:
         tensors,
         lambda x: st.tuples(st.sampled_from(steps), x, x).map(lambda t: t[0].format(*t[1:])),
     )
+
+
+@given(expressions(), st.sampled_from(["<", "<=", ">"]), expressions())
+@settings(max_examples=60)
+def test_a_number_passed_is_a_number_captured(left: str, compare: str, right: str) -> None:
+    table = torch.arange(N).flip(0) % 11
+    text = f"lambda size: lambda b, h, q, k: ({left}) {compare} ({right}) + size"
+    of = eval(text, {"torch": torch, "table": table})
+    q = torch.zeros(1, 2, 12, 1, dtype=torch.float64)
+    v = torch.eye(12, dtype=torch.float64).expand(1, 2, 12, 12)
+    attn = attncc.from_mods(mask_mod=of(3))
+    wanted = create_mask(of(-4), 1, 2, 12, 12, "cpu").bool()
+    assert torch.equal(attn(q, q, v, size=-4) > 0, wanted)
 
 
 @given(expressions(), st.sampled_from(["<", "<=", "==", "!=", ">"]), expressions())
