@@ -28,6 +28,7 @@ RNG = torch.Generator().manual_seed(0)
 KEEP = torch.rand(B, H, N, N, generator=RNG) < 0.6
 SLOPE = torch.rand(H, generator=RNG)
 BIAS = torch.randn(H, 2 * N, generator=RNG)
+GAIN = torch.tensor(0.7)
 SINKS = 4
 
 
@@ -80,6 +81,7 @@ SCORES: dict[str, Any] = {
     "alibi": alibi,
     "softcap": softcap(4.0),
     "relative": lambda s, b, h, q, k: s + BIAS[h, q - k + N],
+    "gain": lambda s, b, h, q, k: s * GAIN + torch.sigmoid(SLOPE)[h],
     "causal": lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf")),
     "soft and alibi": lambda s, b, h, q, k: alibi(softcap(2.0)(s, b, h, q, k), b, h, q, k),
 }
@@ -149,7 +151,8 @@ def test_scores(name: str, mask: str | None) -> None:
 @pytest.mark.parametrize("mask", ["window", "nothing", "padded"])
 def test_lse_and_gradients(name: str, mask: str) -> None:
     q, k, v = (x.requires_grad_() for x in inputs(kv_heads=2))
-    leaves = [q, k, v, SLOPE.requires_grad_(), BIAS.requires_grad_()]
+    captured = SLOPE, BIAS, GAIN
+    leaves = [q, k, v, *(x.requires_grad_() for x in captured)]
     try:
         block_mask = flex.create_block_mask(MASKS[mask], B, None, N, N, "cpu")
         out, aux = flex.flex_attention(
@@ -163,8 +166,8 @@ def test_lse_and_gradients(name: str, mask: str) -> None:
         mine = torch.autograd.grad(out, leaves, dout, allow_unused=True)
         other = torch.autograd.grad(wanted, leaves, dout, allow_unused=True)
     finally:
-        SLOPE.requires_grad_(False)
-        BIAS.requires_grad_(False)
+        for x in captured:
+            x.requires_grad_(False)
     for one, two in zip(mine, other, strict=True):
         if two is not None and bool(two.any()):
             torch.testing.assert_close(one, two, atol=5e-5, rtol=5e-5)

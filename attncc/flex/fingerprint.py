@@ -115,7 +115,7 @@ def names_read(code: types.CodeType) -> tuple[str, ...] | None:
             return None
         if step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in code.co_freevars:
             return None
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             found[step.argval] = None
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
