@@ -219,7 +219,9 @@ def test_lists_are_torchs(name: str, sizes: Any, split: bool) -> None:
     assert mine.to_dense().equal(other.to_dense())
     if name != "table":  # whose blocks are known pair by pair alone
         assert mine.sparsity() == pytest.approx(other.sparsity())
-    assert len(mine.as_tuple()) == 13 and mine.as_tuple()[-1] is MASKS[name]
+    for flatten in (True, False):
+        pairs = zip(mine.as_tuple(flatten), other.as_tuple(flatten), strict=True)
+        assert all(x is y or (x.equal(y) if isinstance(x, Tensor) else x == y) for x, y in pairs)
     assert f"shape={mine.shape}" in str(mine) and "BLOCK_SIZE" in repr(mine)
 
 

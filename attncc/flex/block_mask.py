@@ -377,13 +377,25 @@ class BlockMask:
         made._table = None if self._table is None else self._table.to(device)
         return made
 
+    def as_torch(self) -> TorchBlockMask:
+        """The same for torch's own flex_attention."""
+        kinds = self._kinds() if self._split else self._kinds().clamp(max=PARTIAL)
+        partial = tables.lists(kinds == PARTIAL)
+        full = tables.lists(kinds == FULL) if self._split else (None, None)
+        return TorchBlockMask.from_kv_blocks(
+            partial[0],
+            partial[1],
+            full[0],
+            full[1],
+            BLOCK_SIZE=self.BLOCK_SIZE,
+            mask_mod=self._mask_mod,
+            seq_lengths=self.seq_lengths,
+        )
+
     def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
-        """(q_len, kv_len, lists of kv, full kv, q, full q, block sizes, mask_mod), as torch's."""
-        lengths = self.seq_lengths if flatten else (self.seq_lengths,)
-        block = self.BLOCK_SIZE if flatten else (self.BLOCK_SIZE,)
-        kv = self.kv_num_blocks, self.kv_indices, self.full_kv_num_blocks, self.full_kv_indices
-        q = self.q_num_blocks, self.q_indices, self.full_q_num_blocks, self.full_q_indices
-        return (*lengths, *kv, *q, *block, self._mask_mod)
+        """What torch's has."""
+        own = self.as_torch()
+        return own.as_tuple(True) if flatten else own.as_tuple(False)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

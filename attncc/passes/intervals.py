@@ -25,7 +25,7 @@ MAX_DEPTH = 90
 """Bounds nested deeper are given up, since evaluating and printing them recurses."""
 
 MAX_MOVING = 2
-"""Indices of one read that may differ over a tile; each doubles the elements looked at."""
+"""Indices of a read that may have two values on a tile; each doubles the elements looked at."""
 
 TOKENS = Axis.Q | Axis.KV
 
@@ -131,19 +131,19 @@ class Bounder:
         return Interval(low, high)
 
     def _pair(self, load: Load) -> Interval:
-        """Of the few elements that a tile reads, where no index of both positions moves further."""
+        """Of the elements at the ends of its indices, on tiles where those are all that is read."""
+        at = [self.done[id(index)][1] for index in load.at]
+        if any(index.lo is None or index.hi is None for index in at):
+            return self.unknown(load)
+        moving = sum(not index.exact for index in at)
+        few = moving <= MAX_MOVING  # else all stand still, or nothing is known
         ends: list[tuple[Expr, ...]] = []
         near: list[Expr] = []
-        for index in load.at:
-            at = self.done[id(index)][1]
-            if at.lo is None or at.hi is None:
-                return self.unknown(load)
-            ends.append((at.lo,) if at.exact else (at.lo, at.hi))
-            near.append(at.when)
-            if not at.exact:
-                near.append(self.make(ops.LE, self.make(ops.SUB, at.hi, at.lo), Const(1)))
-        if sum(map(len, ends)) > len(ends) + MAX_MOVING:
-            return self.unknown(load)
+        for index in at:
+            assert index.lo is not None and index.hi is not None
+            ends.append((index.lo, index.hi) if few and not index.exact else (index.lo,))
+            steps = self.make(ops.SUB, index.hi, index.lo)
+            near += [index.when, self.make(ops.LE, steps, Const(int(few)))]
         read = [self.simplify(Load(load.tensor, corner)) for corner in product(*ends)]
         fold = (ops.AND, ops.OR) if kind(load) is Kind.BOOL else (ops.MIN, ops.MAX)
         low, high = (self._combined(op, read) for op in fold)

@@ -20,6 +20,7 @@ EXACT = {
     "bits": "({at} >> 1) & 1 == 1",
     "not": "not ({at} != 1)",
     "looked up": "wanted[{at}]",
+    "of many": "table[b, {at} % 2, q_idx // {q}, kv_idx // {kv}] > 0",
 }
 """Exact where a tile lies in one block and causality does not cut it."""
 
