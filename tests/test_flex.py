@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import flex_attention as theirs
@@ -259,7 +259,7 @@ def random_lists(
     return partial, order, whole.to(torch.int32), order.flip(-1)
 
 
-@settings(max_examples=30)
+@pytest.mark.fuzz
 @given(
     st.sampled_from([(1, 1), (B, 1), (1, H), (B, H)]),
     st.tuples(st.sampled_from((8, 16, 40, 128)), st.sampled_from((8, 16, 40, 128))),
