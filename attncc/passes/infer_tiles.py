@@ -21,7 +21,6 @@ from attncc.ir.expr import (
     conjunction,
     disjunction,
     kind,
-    walk,
 )
 from attncc.ir.ops import Kind
 from attncc.ir.plan import Note, Plan, Summary, TileTest
@@ -33,7 +32,6 @@ from attncc.passes.linear import Linear, difference
 from attncc.passes.monotone import direction
 from attncc.passes.precision import same_in_any_dtype
 from attncc.passes.simplify import NEGATED, RULES, chain, flatten
-from attncc.passes.tables import indices
 
 TOKENS = Axis.Q | Axis.KV
 ZERO = Const(0)
@@ -48,8 +46,8 @@ BIG = Const(2**30)
 def infer_tiles(plan: Plan) -> Plan:
     """Bounds of the mask over a tile, each one-token-axis part by its exact minimum and maximum.
 
-    Loose where a part reads both token axes and is not monotone in either: tensors, remainders,
-    products and bits of both positions.
+    Loose where a part reads both token axes and is not monotone in either: remainders, products and
+    bits of both positions, and tensors at more than two places in a row on a tile.
     """
     simplify = Rewriter(RULES)
     finder = _Finder(simplify, frozenset(param.name for param in plan.program.params))
@@ -68,16 +66,15 @@ def _tensors(expr: Expr) -> set[TensorParam]:
 
 def _losses(mask: Expr) -> Iterable[str]:
     """Why tiles may be called partial that are not."""
-    nodes = list(postorder(mask))
-    known = {id(part) for node in nodes if indices(node) for part in walk(node)}
-    for node in nodes:
+    for node in postorder(mask):
         if axes(node) & TOKENS != TOKENS:
             continue
         match node:
-            case Load(tensor) if id(node) in known:
-                yield f"{tensor.name!r} is known in tiles of at most two of its blocks a side"
             case Load(tensor):
-                yield f"{tensor.name!r} is read at both positions: nothing is known of a tile of it"
+                yield (
+                    f"{tensor.name!r} is read at both positions: it is known on tiles where each "
+                    "index takes at most two values in a row"
+                )
             case Apply(ops.MOD | ops.BITAND | ops.BITOR | ops.BITXOR, _):
                 symbol = node.op.symbol
                 yield f"'{symbol}' of both positions is exact only where it is constant on a tile"

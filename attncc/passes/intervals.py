@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import assert_never
 
 from attncc.ir import expr as ir
 from attncc.ir import ops
-from attncc.ir.expr import Apply, Axis, Const, Expr, Index, Load, Scalar, Score, kind
+from attncc.ir.expr import TRUE, Apply, Axis, Const, Expr, Index, Load, Scalar, Score, kind
 from attncc.ir.ops import Kind, Op
 from attncc.ir.rewrite import Rewriter
-from attncc.passes import tables
 from attncc.passes.facts import FACTS, Facts
 from attncc.passes.interval_rules import RULES
 from attncc.passes.interval_rules.interval import UNSURE, WHOLE, Interval, point
@@ -23,6 +23,9 @@ TINY = 1e-30
 
 MAX_DEPTH = 90
 """Bounds nested deeper are given up, since evaluating and printing them recurses."""
+
+MAX_MOVING = 2
+"""Indices of a read that may have two values on a tile; each doubles the elements looked at."""
 
 TOKENS = Axis.Q | Axis.KV
 
@@ -69,8 +72,8 @@ class Bounder:
         return id(node) in self.done
 
     def _waiting(self, node: Expr) -> list[Expr]:
-        inner = ir.children(node) if isinstance(node, Apply) or self._ordered(node) else ()
-        inner = tables.indices(node) or inner
+        bounded = isinstance(node, Apply) or self._ordered(node) or _paired(node)
+        inner = ir.children(node) if bounded else ()
         return [child for child in inner if id(child) not in self.done]
 
     def _ordered(self, node: Expr) -> bool:
@@ -92,9 +95,8 @@ class Bounder:
         return UNSURE if kind(expr) is Kind.BOOL else WHOLE
 
     def _too_deep(self, result: Interval) -> bool:
-        return any(
-            end is not None and self._depth(end) > MAX_DEPTH for end in (result.lo, result.hi)
-        )
+        ends = result.lo, result.hi, result.when
+        return any(end is not None and self._depth(end) > MAX_DEPTH for end in ends)
 
     def _depth(self, expr: Expr) -> int:
         if id(expr) not in self.depths:
@@ -103,8 +105,6 @@ class Bounder:
         return self.depths[id(expr)]
 
     def _node(self, expr: Expr) -> Interval:
-        if parts := tables.indices(expr):
-            return tables.by_blocks(self, expr, [(x, self.done[id(x)][1]) for x in parts])
         match expr:
             case Const() | Scalar():
                 return self._widened(expr, point(expr))
@@ -121,7 +121,7 @@ class Bounder:
 
     def _load(self, load: Load) -> Interval:
         if not self._ordered(load):
-            return self.unknown(load)
+            return self._pair(load) if _paired(load) else self.unknown(load)
         *row, last = load.at
         at = self.done[id(last)][1]
         low = None if at.lo is None else self.simplify(Load(load.tensor, (*row, at.lo)))
@@ -130,12 +130,44 @@ class Bounder:
         high = None if at.hi is None else self.simplify(Load(load.tensor, (*row, at.hi)))
         return Interval(low, high)
 
+    def _pair(self, load: Load) -> Interval:
+        """Of the elements at the ends of its indices, on tiles where those are all that is read."""
+        at = [self.done[id(index)][1] for index in load.at]
+        if any(index.lo is None or index.hi is None for index in at):
+            return self.unknown(load)
+        moving = sum(not index.exact for index in at)
+        few = moving <= MAX_MOVING  # else all stand still, or nothing is known
+        ends: list[tuple[Expr, ...]] = []
+        near: list[Expr] = []
+        for index in at:
+            assert index.lo is not None and index.hi is not None
+            ends.append((index.lo, index.hi) if few and not index.exact else (index.lo,))
+            steps = self.make(ops.SUB, index.hi, index.lo)
+            near += [index.when, self.make(ops.LE, steps, Const(int(few)))]
+        read = [self.simplify(Load(load.tensor, corner)) for corner in product(*ends)]
+        fold = (ops.AND, ops.OR) if kind(load) is Kind.BOOL else (ops.MIN, ops.MAX)
+        low, high = (self._combined(op, read) for op in fold)
+        if kind(load) is Kind.FLOAT:  # it may be a float64, which kernels round
+            low, high = self._moved(ops.SUB, low), self._moved(ops.ADD, high)
+        return self._where(load, Interval(low, high), near)
+
     def _apply(self, expr: Apply) -> Interval:
         args = [self.done[id(arg)][1] for arg in expr.args]
         if all(arg.exact for arg in args) and same_in_any_dtype(expr, own=True):
-            return point(self.make(expr.op, *(arg.lo for arg in args if arg.lo is not None)))
-        result = RULES[expr.op](self, expr, args)
-        return self._widened(expr, result)
+            result = point(self.make(expr.op, *(arg.lo for arg in args if arg.lo is not None)))
+        else:
+            result = self._widened(expr, RULES[expr.op](self, expr, args))
+        return self._where(expr, result, [arg.when for arg in args])
+
+    def _where(self, expr: Expr, known: Interval, conditions: Iterable[Expr]) -> Interval:
+        """What is known only on tiles where all conditions hold."""
+        when: Expr = TRUE
+        for condition in conditions:
+            when = self.make(ops.AND, when, condition)
+        if when == TRUE or known.lo is None or known.hi is None or kind(expr) is not Kind.BOOL:
+            return Interval(known.lo, known.hi, when)
+        must = self.make(ops.AND, when, known.lo)
+        return Interval(must, self.make(ops.OR, self.make(ops.NOT, when), known.hi))
 
     def _widened(self, expr: Expr, interval: Interval) -> Interval:
         if kind(expr) is not Kind.FLOAT or same_in_any_dtype(expr, own=True):
@@ -154,10 +186,15 @@ class Bounder:
     def highest(self, *ends: Expr | None) -> Expr | None:
         return self._combined(ops.MAX, ends)
 
-    def _combined(self, op: Op, ends: tuple[Expr | None, ...]) -> Expr | None:
+    def _combined(self, op: Op, ends: Iterable[Expr | None]) -> Expr | None:
         result: Expr | None = None
         for end in ends:
             if end is None:
                 return None
             result = end if result is None else self.make(op, result, end)
         return result
+
+
+def _paired(node: Expr) -> bool:
+    """A read at both positions."""
+    return isinstance(node, Load) and node.axes & TOKENS == TOKENS

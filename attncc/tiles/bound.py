@@ -106,6 +106,10 @@ class BoundPlan:
         """Tier 3: the counts after evaluating every pair of the partial tiles; O(pairs)."""
         return counts.by_classes(self._grid, self._refined)
 
+    def exact_classes(self) -> Tensor:
+        """Tier 3: `classify` after the same."""
+        return self._refined
+
     @cached_property
     def _refined(self) -> Tensor:
         return pairs.refined(self._grid, self.classify())

@@ -181,6 +181,29 @@ attention taken(q_low_0: int[kv_len], kv_high_1: int[kv_len], kv_low_2: int = 3,
     check(bound, 2)
 
 
+BLOCKS = """
+attention blocks(kind: int[heads, rows, columns], more: bool[columns, rows], near: float[rows]):
+    let own = kind[h, q_idx // 8, kv_idx // 8]
+    let tuned = near[abs(q_idx // 8 - kv_idx // 8)] < 1.5
+    mask = own > 0 and (own > 1 or q_idx >= kv_idx) and (tuned or more[kv_idx // 8, q_idx // 8])
+"""
+
+
+@pytest.mark.parametrize("tile", [(8, 8), (4, 8), (16, 8), (16, 32)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_tables_of_blocks(tile, dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    tensors = {
+        "kind": torch.randint(0, 3, (2, 8, 8), generator=rng).to(dtype),
+        "more": torch.rand(8, 8, generator=rng) < 0.5,
+        "near": torch.arange(8.0).roll(2),
+    }
+    bound = bound_of(BLOCKS, tile, tensors=tensors)
+    check(bound, 2)
+    if tile[0] <= 8:
+        assert bound.counts == bound.exact_counts()
+
+
 def test_calls_of_one_mask_share_lists() -> None:
     text = "attention p(doc: int[kv_len], bias: float[heads]):\n"
     text += "    mask = doc[q_idx] == doc[kv_idx]\n    score = score + bias[h]\n"
@@ -195,7 +218,7 @@ def test_calls_of_one_mask_share_lists() -> None:
 
 
 @pytest.mark.parametrize("tile", [(8, 4), (16, 8), (2, 16)])
-def test_tables_of_blocks(tile: tuple[int, int]) -> None:
+def test_tables_of_blocks_and_segments(tile: tuple[int, int]) -> None:
     text = """
 attention kinds(kind: int[heads, m, n], seg: int[tokens], keep: bool[s, s]):
     let block = kind[h, q_idx // 8, kv_idx // 8]

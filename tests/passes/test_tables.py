@@ -73,4 +73,4 @@ def test_a_table_of_pairs_says_nothing() -> None:
     )
     plan = attn.plan(q_len=64, kv_len=64, keep=torch.zeros(64, 64, dtype=torch.bool), tile=(16, 16))
     assert plan.counts.partial == 16
-    assert "nothing is known" in str(plan)
+    assert "two values in a row" in str(plan)

@@ -20,10 +20,12 @@ class Interval:
 
     Of a bool, lo is `must` (true at every pair) and hi is `may` (true at some pair, or unknown).
     A float bound that is nan at run time bounds nothing: rules of comparisons are written so.
+    On tiles where `when` does not hold, nothing is known; of a bool it is part of both bounds.
     """
 
     lo: Expr | None
     hi: Expr | None
+    when: Expr = TRUE
 
     @property
     def exact(self) -> bool:
