@@ -71,7 +71,7 @@ class Builder(Transformer[Token, tree.File]):
         return tree.Clause(ident(name), value)
 
     def axes(self, keyword: Token, *axes: tree.GridAxis) -> tree.Axes:
-        return tree.Axes(axes, place(keyword))
+        return tree.Axes(axes, place(keyword), str(keyword))
 
     def axis(self, name: Token, size: tree.Expr) -> tree.GridAxis:
         return tree.GridAxis(ident(name), size)

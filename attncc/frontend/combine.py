@@ -57,13 +57,14 @@ def joined(
         params=(*first.params, *own),
         mask=mask,
         grid=(),  # coordinates are written out
+        kv_grid=None,
         comment="",
     )
     return with_source(program), {p.name: params[p].name for p in second.params}
 
 
 def _is_mask(program: Program) -> bool:
-    return replace(program, params=(), mask=TRUE, grid=()) == Program(program.name)
+    return replace(program, params=(), mask=TRUE, grid=(), kv_grid=None) == Program(program.name)
 
 
 def _check_mask(program: Program, symbol: str) -> None:

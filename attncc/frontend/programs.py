@@ -67,7 +67,8 @@ class _ProgramBuilder:
         self.resolver = resolver
         self.taken: dict[str, Span] = {}
         self.values: dict[str, Value] = dict(BUILTIN_VALUES)
-        self.grid: tuple[GridAxis, ...] = ()
+        self.grids: dict[str, tuple[GridAxis, ...]] = {}
+        """By the word that declares them."""
         self.coordinates: dict[tuple[str, str], ir.Expr] = {}
         self.clauses: dict[str, tree.Clause] = {}
         self.found: dict[str, ir.Expr] = {}
@@ -94,7 +95,8 @@ class _ProgramBuilder:
             scale=self.found.get("scale"),
             sink=self.found.get("sink"),
             normalize=self.normalize,
-            grid=self.grid,
+            grid=self.grids.get("axes", self.grids.get("q_axes", ())),
+            kv_grid=self._kv_grid(),
             output=self.found.get("output"),
             comment=comment,
             span=self.node.name.span,
@@ -214,10 +216,19 @@ class _ProgramBuilder:
         del self.later[name.name]
 
     def _axes(self, node: tree.Axes) -> None:
-        if self.grid:
-            raise ProgramNameError(
-                "'axes' is given twice", hint="name all axes in one 'axes (...)'", span=node.span
-            )
+        for word in self.grids:
+            if word == node.word:
+                raise ProgramNameError(
+                    f"'{word}' is given twice",
+                    hint=f"name all axes in one '{word} (...)'",
+                    span=node.span,
+                )
+            if "axes" in (word, node.word):
+                raise ProgramNameError(
+                    f"'{node.word}' is given beside '{word}'",
+                    hint="axes is for both sides alike; else write q_axes and kv_axes",
+                    span=node.span,
+                )
         if len(node.axes) > MAX_AXES:
             raise ProgramSyntaxError(
                 f"{len(node.axes)} axes; there are at most {MAX_AXES}",
@@ -236,11 +247,18 @@ class _ProgramBuilder:
             size = self.resolver.expr(axis.size, self._scope())
             _check_size(size, axis)
             grid.append(GridAxis(name, size))
-        self.grid = tuple(grid)
+        self.grids[node.word] = tuple(grid)
         for base, index in GRID_BASES.items():
+            if node.word not in ("axes", f"{base}_axes"):
+                continue
             for name in seen:
-                found = coordinate(self.grid, name, index)
+                found = coordinate(tuple(grid), name, index)
                 self.coordinates[base, name] = self.resolver.measure(found, node.span)
+
+    def _kv_grid(self) -> tuple[GridAxis, ...] | None:
+        """Of keys, where it is not that of queries."""
+        own = {"q_axes", "kv_axes"} & self.grids.keys()
+        return self.grids.get("kv_axes", ()) if own else None
 
     def _clause(self, node: tree.Clause) -> None:
         name = node.name.name

@@ -295,7 +295,7 @@ def _coordinate(node: tree.Attribute, scope: Scope) -> ir.Expr:
     found = scope.grid.get((node.base, node.name))
     if found is not None:
         return found
-    names = [name for base, name in scope.grid if base == "q"]
+    names = [name for base, name in scope.grid if base == node.base]
     if node.base not in GRID_BASES:
         raise ProgramNameError(
             f"'{node.base}' has no coordinates", hint="write q.NAME or kv.NAME", span=node.span
@@ -305,7 +305,8 @@ def _coordinate(node: tree.Attribute, scope: Scope) -> ir.Expr:
     elif scope.inside is not None:
         hint = f"a def sees only its arguments: pass {node.base}.{node.name} as one"
     else:
-        hint = f"declare the axes above: axes (t: frames, {node.name}: width)"
+        word = f"{node.base}_axes" if scope.grid else "axes"
+        hint = f"declare the axes above: {word} (t: frames, {node.name}: width)"
     raise ProgramNameError(
         f"unknown axis '{node.name}' in {node.base}.{node.name}", hint=hint, span=node.span
     )

@@ -121,6 +121,7 @@ class GridAxis:
 class Axes:
     axes: tuple[GridAxis, ...]
     span: Span
+    word: str = "axes"
 
 
 Statement = Let | Clause | Axes

@@ -45,6 +45,8 @@ class Program:
     sink: Expr | None = None
     normalize: Normalize = Normalize.SOFTMAX
     grid: tuple[GridAxis, ...] = ()
+    """Of queries, and of keys too where `kv_grid` is None."""
+    kv_grid: tuple[GridAxis, ...] | None = None
     output: Expr | None = None
     comment: str = field(default="", compare=False)
     """The comment lines above the declaration, without their '#'."""

@@ -39,9 +39,13 @@ def show_program(program: Program) -> str:
     names = _coordinates(program)
     lines = [f"# {line}".rstrip() for line in program.comment.split("\n") if program.comment]
     lines += _header(program)
-    if program.grid:
-        axes = ", ".join(f"{axis.name}: {show(axis.size)}" for axis in program.grid)
-        lines.append(f"    axes ({axes})")
+    grids = {"axes": program.grid}
+    if program.kv_grid is not None:
+        grids = {"q_axes": program.grid, "kv_axes": program.kv_grid}
+    for word, grid in grids.items():
+        if grid:
+            axes = ", ".join(f"{axis.name}: {show(axis.size)}" for axis in grid)
+            lines.append(f"    {word} ({axes})")
     lines += [f"    {name} = {text}" for name, text in _clauses(program, names)]
     return "\n".join(lines) + "\n"
 
@@ -87,12 +91,12 @@ def _clauses(program: Program, names: Names) -> list[tuple[str, str]]:
 
 def _coordinates(program: Program) -> dict[Expr, str]:
     """q.x for what `axes` made of it; a single axis is the position itself."""
-    if len(program.grid) < 2:
-        return {}
+    kv_grid = program.grid if program.kv_grid is None else program.kv_grid
     return {
-        coordinate(program.grid, axis.name, index): f"{base}.{axis.name}"
-        for axis in program.grid
-        for base, index in (("q", Q_IDX), ("kv", KV_IDX))
+        coordinate(grid, axis.name, index): f"{base}.{axis.name}"
+        for base, index, grid in (("q", Q_IDX, program.grid), ("kv", KV_IDX, kv_grid))
+        if len(grid) > 1
+        for axis in grid
     }
 
 

@@ -69,7 +69,9 @@ class Orders:
 
     def __post_init__(self) -> None:
         self.residues: Residues | None = residues.find(self.program, self.plan.mask)
-        self.known = self.residues is not None or bool(self.program.grid)
+        self.known = self.residues is not None or (
+            bool(self.program.grid) and self.program.kv_grid is None
+        )
         """Whether there is anything to choose."""
 
     @property
@@ -255,6 +257,11 @@ class Orders:
     def _by_tile(
         self, tile: tuple[int, ...], scalars: Mapping[str, bool | int | float]
     ) -> Choice | None:
+        if self.program.kv_grid is not None:
+            raise ArgumentError(
+                "order is tiles of axes, and queries and keys have axes of their own",
+                hint="tiles are of axes that both have: axes (...)",
+            )
         names = ", ".join(axis.name for axis in self.program.grid)
         if len(tile) != len(self.program.grid) or not tile:
             raise ArgumentError(

@@ -37,6 +37,7 @@ def over(program: Program, values: Values, params: tuple[Param, ...], mask: Expr
         sink=moved(program.sink),
         output=moved(program.output),
         grid=(),
+        kv_grid=None,
         comment="",
         source="",
         span=None,
