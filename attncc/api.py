@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -21,10 +22,9 @@ from attncc.binding import Binding, bind, bind_lengths, check_inputs
 from attncc.bounds import check_bounds
 from attncc.capture import capturing
 from attncc.errors import ArgumentError, UnsupportedError
-from attncc.ir.expr import SIZES
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
-from attncc.order import Asked, Orders
+from attncc.order import Asked, Orders, Placed, order_key
 from attncc.passes import analyze
 from attncc.plans import (
     CallPlan,
@@ -232,54 +232,11 @@ class Attention:
         """
         params = self._given(params, plan)
         call = self._call
-        if self._compiled.orders.known or order != "auto":
-            call = partial(self._in_order, order, ordered)
         if torch.compiler.is_compiling():  # one graph break: kernels are chosen by values
             call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         self._check_lse(return_lse)
-        out, lse = call(q, k, v, params, plan, backend, deterministic)
+        out, lse = call(q, k, v, params, plan, backend, deterministic, order, ordered)
         return (out, lse) if return_lse and lse is not None else out
-
-    def _in_order(
-        self,
-        asked: Asked,
-        ordered: bool,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        params: Mapping[str, object],
-        plan: BoundPlan | None,
-        backend: str | None,
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`_call`, with tokens in another order where that was asked for, or pays."""
-        orders = self._compiled.orders
-        check_inputs(q, k, v)
-        if plan is not None:
-            _check_same(plan, q, k)
-            params = {
-                **{p.name: _value(plan.binding, p.name) for p in self.program.params},
-                **params,
-            }
-        lengths = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
-        sizes = dict(zip((size.name for size in SIZES), lengths, strict=True))
-        choice = orders.choose(sizes, params, "cuda" if q.is_cuda else "cpu", asked)
-        if choice is None:
-            if ordered:
-                raise ArgumentError(
-                    "ordered=True, and this call's tokens are in their natural order",
-                    hint="say which order they have: order=(8, 16)",
-                )
-            return self._call(q, k, v, params, plan, backend, deterministic)
-        if choice.step or 0 in lengths:
-            bind(self.program, q, k, v, params)  # whose sizes the rewritten program has no more
-
-        def call(
-            program: Program, q: Tensor, k: Tensor, v: Tensor, given: dict[str, object]
-        ) -> tuple[Tensor, Tensor | None]:
-            return orders.attention(program)._call(q, k, v, given, None, backend, deterministic)
-
-        return orders.run(call, choice, q, k, v, params, ordered)
 
     def _call(
         self,
@@ -290,22 +247,54 @@ class Attention:
         plan: BoundPlan | None,
         backend: str | None,
         deterministic: bool,
+        order: Asked,
+        ordered: bool,
     ) -> tuple[Tensor, Tensor | None]:
         if _autocasts(q):
             q, k, v = _autocast(q, k, v)
             with torch.autocast(q.device.type, enabled=False):  # backends choose their own dtypes
-                return self._call(q, k, v, params, plan, backend, deterministic)
+                return self._call(q, k, v, params, plan, backend, deterministic, order, ordered)
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         captured = isinstance(q, Tensor) and capturing(q.device)
-        key = None if captured else call_key(q, k, v, params, backend, deterministic)
+        own = backend, deterministic, ordered, order_key(order)
+        key = None if captured or own[-1] is None else call_key(q, k, v, params, own)
         calls = self._compiled.calls if plan is None else self._calls_of(plan)
         ready = calls.find(key)
         if ready is None:
             bound = self._bound(q, k, v, params, plan)
-            ready = registry.choose(backend, q.device)(bound, q, v, deterministic)
+            ready = self._ready(bound, q, v, backend, deterministic, order, ordered)
             if plan is None or not params:  # which make a plan of their own
                 calls.keep(key, ready)
         return ready(q, k, v)
+
+    def _ready(
+        self,
+        bound: BoundPlan,
+        q: Tensor,
+        v: Tensor,
+        backend: str | None,
+        deterministic: bool,
+        order: Asked,
+        ordered: bool,
+    ) -> Ready:
+        """What runs a call, with tokens in another order where that was asked for, or pays."""
+        orders = self._compiled.orders
+        placed = bound.order if isinstance(bound, CallPlan) else None
+        if placed is not None and isinstance(order, str) and order == "auto":
+            choice = placed.choice
+        else:
+            choice = orders.choose(bound.binding, order)
+        if choice is None:
+            orders.check_ordered(ordered)
+            return registry.choose(backend, q.device)(bound, q, v, deterministic)
+
+        def start(
+            program: Program, q: Tensor, k: Tensor, v: Tensor, given: dict[str, object]
+        ) -> Ready:
+            own = orders.attention(program)._bound(q, k, v, given, None)
+            return registry.choose(backend, q.device)(own, q, v, deterministic)
+
+        return orders.ready(start, choice, bound.binding, ordered)
 
     def reference(
         self,
@@ -331,12 +320,15 @@ class Attention:
         v: Tensor | None = None,
         *,
         tile: tuple[int, int] = TILE,
+        order: Asked = "auto",
         **params: object,
     ) -> CallPlan:
         """What a call would compute, of tensors or of lengths.
 
         Without tensors: q_len=, kv_len=, and batch=1, heads=1, kv_heads=heads, head_dim=64.
         tile: (queries, keys) that `.counts` counts and `print` draws; kernels choose their own.
+        order: of tokens, as of a call; calls with this plan have the same. `.order` permutes
+               tensors for calls with ordered=True, and has the counts.
         """
         params = self._given(params)
         if q is not None and k is not None and v is not None:
@@ -345,7 +337,7 @@ class Attention:
             raise ArgumentError("a plan needs all of q, k and v, or q_len= and kv_len=")
         else:
             binding = self._bind_lengths(params)
-        made = self._planned(binding, tile)
+        made = self._placed(self._planned(binding, tile), order)
         made.kept[MAKER] = self
         return made
 
@@ -416,6 +408,13 @@ class Attention:
     def static(self) -> Plan:
         """What the passes found out, for any lengths and arguments."""
         return self._compiled.static
+
+    def _placed(self, plan: CallPlan, order: Asked) -> CallPlan:
+        orders = self._compiled.orders
+        placed = Placed(orders, order, plan.binding)
+        if not isinstance(order, str) or order != "auto":
+            _ = placed.choice  # or an error
+        return replace(plan, order=placed)
 
     # -- binding
 
@@ -495,10 +494,11 @@ class Attention:
         binding = bind(self.program, q, k, v, {**kept, **params})
         _check_same(plan, q, k)
         _check_mask(plan, binding)
+        order = plan.order if isinstance(plan, CallPlan) else None
         if again:
-            return self._planned(binding, plan.tile)
+            return replace(self._planned(binding, plan.tile), order=order)
         check_bounds(self.static, binding)
-        return CallPlan(plan.plan, binding, plan.tile, plan, captured=captured)
+        return CallPlan(plan.plan, binding, plan.tile, plan, captured=captured, order=order)
 
     def _check_lse(self, return_lse: bool) -> None:
         if return_lse and self.program.normalize is not Normalize.SOFTMAX:
@@ -544,12 +544,12 @@ class _Orders(Orders):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._attentions: dict[Program, Attention] = {}
+        self._attentions: Recent[Attention] = Recent()
 
     def attention(self, program: Program) -> Attention:
-        if program not in self._attentions:
-            self._attentions[program] = Attention(program)
-        return self._attentions[program]
+        found = self._attentions.find(program) or Attention(program)
+        self._attentions.keep(program, found)
+        return found
 
 
 _COMPILED: WeakValueDictionary[tuple[Program, str], _Compiled] = WeakValueDictionary()

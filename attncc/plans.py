@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from attncc.capture import capturing
 from attncc.ir.expr import Load, Scalar, walk
 from attncc.ir.plan import Plan
 from attncc.tiles import BoundPlan, Counts, Density, SegmentTable
+
+if TYPE_CHECKING:
+    from attncc.order import Placed
 
 T = TypeVar("T")
 
@@ -31,6 +34,9 @@ class CallPlan(BoundPlan):
     origin: BoundPlan
     captured: bool = field(default=False, kw_only=True)
     """Made while a CUDA graph was captured: its tensors have values in replays alone."""
+
+    order: Placed | None = field(default=None, kw_only=True, compare=False)
+    """How calls with this plan order their tokens; None leaves it to them."""
 
     def retiled(self, tile: tuple[int, int]) -> BoundPlan:
         if tile == self.tile:
@@ -66,7 +72,12 @@ class CallPlan(BoundPlan):
 
     def __str__(self) -> str:
         """What was decided and why, the counts, and the tiles of the first sequence and head."""
-        return "\n".join((*report.lines(self.plan), "", *report.tiles(self)))
+        parts = [*report.lines(self.plan), "", *report.tiles(self)]
+        if self.order is not None and self.order.choice is not None:
+            counts = self.order.counts(self.tile)
+            found = f"{counts.full} full, {counts.partial} partial, {counts.empty} empty"
+            parts.append(f"order of tokens: {self.order}; tiles then: {found}")
+        return "\n".join(parts)
 
 
 class Recent(Generic[T]):
@@ -123,14 +134,16 @@ def call_key(
     k: object,
     v: object,
     params: Mapping[str, object],
-    backend: str | None,
-    deterministic: bool,
+    how: Hashable,
 ) -> Hashable:
-    """Equal for calls that bind and run alike; None where an argument cannot tell if it changed."""
+    """Equal for calls that bind and run alike; None where an argument cannot tell if it changed.
+
+    how: what else such calls share, as the backend that was asked for.
+    """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return None
     dtypes_and_devices = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
-    own = backend, deterministic, q.shape, k.shape, v.shape, *dtypes_and_devices
+    own = how, q.shape, k.shape, v.shape, *dtypes_and_devices
     if not params:
         return own
     parts: list[Hashable] = [own]

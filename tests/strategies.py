@@ -39,7 +39,7 @@ from attncc.ir.expr import (
 )
 from attncc.ir.grid import coordinate
 from attncc.ir.ops import Kind
-from attncc.ir.program import GridAxis, Normalize, Program
+from attncc.ir.program import GridAxis, Normalize, Program, TokenOrder
 
 WINDOW = ScalarParam("window", Kind.INT, 5)
 OFFSET = ScalarParam("offset", Kind.INT)
@@ -216,7 +216,9 @@ def programs(draw: st.DrawFn, depth: int = 3, exact: bool = True) -> Program:
     read = _params_of((mask, score, *(e for e in (sink, scale) if e is not None)))
     spare = draw(st.sampled_from((None, None, WINDOW, KEEP)))
     params = tuple(param for param in PARAMS if param in read or param is spare)
-    return Program("random", params, mask, score, scale, sink, normalize, grid)
+    orders = (None, None, TokenOrder("natural"), *[TokenOrder("tiles", tile=(2, 3))] * bool(grid))
+    order = draw(st.sampled_from(orders))
+    return Program("random", params, mask, score, scale, sink, normalize, grid, order=order)
 
 
 def _params_of(exprs: tuple[Expr, ...]) -> set[ScalarParam | TensorParam]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from attncc.errors import KindError, ProgramNameError, suggest
+from collections.abc import Callable, Mapping, Sequence
+
+from attncc.errors import KindError, ProgramNameError, ProgramValueError, suggest
 from attncc.frontend import tree
 from attncc.ir import expr as ir
 from attncc.ir import ops
 from attncc.ir.expr import Axis, Span
 from attncc.ir.ops import Kind
-from attncc.ir.program import Normalize
+from attncc.ir.program import Normalize, TokenOrder
 
 
 def normalize_of(node: tree.Expr) -> Normalize:
@@ -21,6 +23,63 @@ def normalize_of(node: tree.Expr) -> Normalize:
         hint=suggest(name, known) or "write normalize = softmax, the default",
         span=node.span,
     )
+
+
+ORDERS = "natural, residues, residues(step), tiles(8, 16) or by(doc)"
+
+
+def order_of(
+    node: tree.Expr,
+    step: Callable[[tree.Expr], ir.Expr],
+    axes: Sequence[str],
+    tensors: Mapping[str, ir.TensorParam],
+) -> TokenOrder:
+    """step: makes an expression of what `residues` is of. axes: names of the program's."""
+    match node:
+        case tree.Name("natural" | "residues" as name):
+            return TokenOrder(name, span=node.span)
+        case tree.Call(tree.Ident("residues"), (arg,)):
+            return TokenOrder("residues", step=_step(step(arg), arg.span), span=node.span)
+        case tree.Call(tree.Ident("tiles"), args):
+            return TokenOrder("tiles", tile=_tile(args, axes, node.span), span=node.span)
+        case tree.Call(tree.Ident("by"), (tree.Name(name),)):
+            _check_by(name, tensors, node.span)
+            return TokenOrder("by", by=name, span=node.span)
+    raise ProgramNameError(f"order is {ORDERS}", hint="write one of them", span=node.span)
+
+
+def _step(value: ir.Expr, span: Span) -> ir.Expr:
+    if ir.kind(value) is Kind.INT and not ir.axes(value) and first(value, ir.Load) is None:
+        return value
+    raise KindError(
+        "the step of residues is not one int for all pairs",
+        hint="write a number, or an int parameter",
+        span=span,
+    )
+
+
+def _tile(args: tuple[tree.Expr, ...], axes: Sequence[str], span: Span) -> tuple[int, ...]:
+    found = [arg.value for arg in args if isinstance(arg, tree.Literal)]
+    ints = [n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    if axes and len(ints) == len(args) == len(axes):
+        return tuple(ints)
+    named = f"axes ({', '.join(axes)})" if axes else "no axes"
+    raise ProgramValueError(
+        f"tiles takes an int above 0 for each axis, and the program has {named}",
+        hint="write one number for each, slowest first; without axes, use by or leave order out",
+        span=span,
+    )
+
+
+def _check_by(name: str, tensors: Mapping[str, ir.TensorParam], span: Span) -> None:
+    tensor = tensors.get(name)
+    if tensor is None or not tensor.orders_tokens:
+        fit = [name for name, tensor in tensors.items() if tensor.orders_tokens]
+        raise ProgramNameError(
+            f"by({name}) needs an int tensor of [tokens] or [batch, tokens]",
+            hint=suggest(name, fit) or "declare one, as doc: int[batch, kv_len]",
+            span=span,
+        )
 
 
 def _mask(value: ir.Expr, span: Span) -> ir.Expr:

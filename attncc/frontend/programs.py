@@ -14,7 +14,7 @@ from attncc.errors import (
     suggest,
 )
 from attncc.frontend import tree
-from attncc.frontend.clauses import CHECKS, a_kind, first, normalize_of
+from attncc.frontend.clauses import CHECKS, a_kind, first, normalize_of, order_of
 from attncc.frontend.resolver import Resolver
 from attncc.frontend.scope import (
     BUILTIN_VALUES,
@@ -32,7 +32,7 @@ from attncc.ir import expr as ir
 from attncc.ir.expr import Span
 from attncc.ir.grid import coordinate
 from attncc.ir.ops import Kind
-from attncc.ir.program import GridAxis, Normalize, Param, Program
+from attncc.ir.program import GridAxis, Normalize, Param, Program, TokenOrder
 
 MAX_AXES = 8
 
@@ -73,6 +73,7 @@ class _ProgramBuilder:
         self.clauses: dict[str, tree.Clause] = {}
         self.found: dict[str, ir.Expr] = {}
         self.normalize = Normalize.SOFTMAX
+        self.order: TokenOrder | None = None
         self.later = {s.name.name: s.name.span for s in node.body if isinstance(s, tree.Let)}
         self.dims: dict[str, str] = {}
 
@@ -98,6 +99,7 @@ class _ProgramBuilder:
             grid=self.grids.get("axes", self.grids.get("q_axes", ())),
             kv_grid=self._kv_grid(),
             output=self.found.get("output"),
+            order=self.order,
             comment=comment,
             span=self.node.name.span,
         )
@@ -275,9 +277,20 @@ class _ProgramBuilder:
         if name == "normalize":
             self.normalize = normalize_of(node.value)
             return
+        if name == "order":
+            self.order = self._order(node.value)
+            return
         scope = self._output_scope() if name == "output" else self._scope()
         value = self.resolver.expr(node.value, scope)
         self.found[name] = CHECKS[name](value, node.value.span)
+
+    def _order(self, node: tree.Expr) -> TokenOrder:
+        def step(value: tree.Expr) -> ir.Expr:
+            return self.resolver.expr(value, self._scope())
+
+        axes = [axis for s in self.node.body if isinstance(s, tree.Axes) for axis in s.axes]
+        tensors = {n: v for n, v in self.values.items() if isinstance(v, ir.TensorParam)}
+        return order_of(node, step, [axis.name.name for axis in axes], tensors)
 
     def _unknown_clause(self, node: tree.Clause) -> AttnccError:
         name = node.name.name

@@ -23,12 +23,12 @@ OUTPUT_VALUES: Mapping[str, ir.Expr] = {param.name: ir.Scalar(param) for param i
 """Names that the output clause alone reads."""
 BUILTIN_FUNCTIONS: Mapping[str, Op] = {op.symbol: op for op in OPS if op.form is Form.CALL}
 SIZE_NAMES = frozenset(size.name for size in ir.SIZES)
-CLAUSES = ("mask", "score", "scale", "sink", "normalize", "output")
+CLAUSES = ("mask", "score", "scale", "sink", "normalize", "output", "order")
 GRID_BASES: Mapping[str, ir.Expr] = {"q": ir.Q_IDX, "kv": ir.KV_IDX}
 _KEYWORDS = {
     *("attention", "def", "from", "import", "as", "let", "axes", "and", "or", "not"),
     *("true", "false", "bool", *CLAUSES, "sorted", "grad", "softmax", "sigmoid", "none"),
-}
+} - {"order"}  # which a let or a def may be named
 
 
 @dataclass(frozen=True, slots=True)

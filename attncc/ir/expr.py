@@ -55,6 +55,13 @@ class TensorParam:
     grad: bool = False
     span: Span | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def orders_tokens(self) -> bool:
+        """Whether it holds an int for each token, of all sequences or of each."""
+        *batch, tokens = self.dims
+        known = tokens in ("q_len", "kv_len") and batch in ([], ["batch"])
+        return known and self.kind is Kind.INT
+
 
 @dataclass(frozen=True, slots=True)
 class Const:

@@ -27,6 +27,22 @@ class GridAxis:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenOrder:
+    """The order that tokens are computed in: natural, residues, residues(step), tiles or by."""
+
+    name: str
+    step: Expr | None = None
+    tile: tuple[int, ...] = ()
+    by: str = ""
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def asked(self) -> str | tuple[int, ...]:
+        """What a call passes to ask for it."""
+        return self.tile or (f"by({self.by})" if self.by else self.name)
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """The meaning of an attention variant; `attncc.backends.dense` says what each field does.
 
@@ -35,6 +51,7 @@ class Program:
     scale: float over scalars and sizes, or None for 1 / sqrt(head_dim).
     sink:  float over (b, h), an extra logit in the softmax denominator, or None.
     output: float over (b, h, q_idx) and RESULTS, each element of out that a call returns, or None.
+    order: how tokens stand while they are computed, which changes no result; None leaves it open.
     """
 
     name: str
@@ -48,6 +65,7 @@ class Program:
     """Of queries, and of keys too where `kv_grid` is None."""
     kv_grid: tuple[GridAxis, ...] | None = None
     output: Expr | None = None
+    order: TokenOrder | None = None
     comment: str = field(default="", compare=False)
     """The comment lines above the declaration, without their '#'."""
     source: str = field(default="", compare=False, repr=False)

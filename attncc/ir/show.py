@@ -22,7 +22,7 @@ from attncc.ir.expr import (
 )
 from attncc.ir.grid import coordinate
 from attncc.ir.ops import Form
-from attncc.ir.program import Normalize, Param, Program
+from attncc.ir.program import Normalize, Param, Program, TokenOrder
 
 WIDTH = 100
 
@@ -86,7 +86,15 @@ def _clauses(program: Program, names: Names) -> list[tuple[str, str]]:
         found.append(("normalize", program.normalize.value))
     if program.output is not None:
         found.append(("output", show(program.output, names)))
+    if program.order is not None:
+        found.append(("order", _order(program.order)))
     return found
+
+
+def _order(order: TokenOrder) -> str:
+    args = [show(order.step)] if order.step is not None else list(map(str, order.tile))
+    args += [order.by] * bool(order.by)
+    return f"{order.name}({', '.join(args)})" if args else order.name
 
 
 def _coordinates(program: Program) -> dict[Expr, str]:

@@ -7,27 +7,32 @@ new positions, with every read and predicate at the original ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from attncc.binding import Binding
-from attncc.errors import ArgumentError
+from attncc.capture import capturing, promise
+from attncc.errors import ArgumentError, AttnccError, ProgramValueError
 from attncc.ir.evaluate import Env, evaluate_unchecked
-from attncc.ir.expr import Q_LEN, SIZES, Expr, Load, Scalar, walk
+from attncc.ir.expr import Q_LEN, SIZES, Expr, Load, Scalar, conjunction, walk
+from attncc.ir.ops import AND
 from attncc.ir.plan import Plan
 from attncc.ir.program import Program
 from attncc.order import permuted, residues
 from attncc.order.permuted import grid_order, inverse
-from attncc.order.residues import Call, Residues
+from attncc.order.residues import Ready, Residues, Start
 from attncc.passes import analyze
+from attncc.passes.simplify import flatten
+from attncc.plans import Recent, mask_arguments
 from attncc.tiles import BoundPlan, Counts
 
-Asked = Literal["auto", "natural", "residues"] | tuple[int, ...] | Tensor
-"""What a call may ask for: tuples are tiles of a grid, a tensor is the order itself."""
+Asked = str | tuple[int, ...] | list[int] | Tensor
+"""What a call may ask for: "auto", "natural", "residues", "by(doc)"; tiles of a grid; positions."""
 
 TILE = 128
 """Tokens of a tile that orders are compared by."""
@@ -49,63 +54,68 @@ COPY = {"cuda": 0.1, "cpu": 100.0}
 
 @dataclass(frozen=True)
 class Choice:
-    """An order for one call; why, in words, for `explain`."""
+    """An order for calls of some lengths; why, in words, for `explain`."""
 
     why: str
     step: int = 0
     """Of residues."""
+    shift: int = 0
     tile: tuple[int, ...] = ()
     """Of a grid of `sizes`."""
     sizes: tuple[int, ...] = ()
     order: Tensor | None = None
+    by: str = ""
+    """The tensor that tokens are sorted by."""
 
 
-@dataclass
 class Orders:
     """The orders that a program's tokens can have, and which serves a call."""
 
-    plan: Plan
-    chosen: dict[object, Choice | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.residues: Residues | None = residues.find(self.program, self.plan.mask)
-        self.known = self.residues is not None or (
-            bool(self.program.grid) and self.program.kv_grid is None
-        )
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.program: Program = plan.program
+        fixed = self.program.order
+        self.residues: Residues | None = residues.find(self.program, plan.mask)
+        if fixed is not None and fixed.step is not None:
+            alone = replace(self.program, mask=residues.multiple(fixed.step), order=None)
+            same = residues.find(alone, analyze(alone).mask)
+            step = same.step if same else fixed.step
+            self.residues = residues.find(self.program, plan.mask, step)
+        alike = self.program.kv_grid is None
+        self.known = self.residues is not None or (alike and bool(self.program.grid))
         """Whether there is anything to choose."""
+        self.chosen: Recent[Choice | str] = Recent()
+        self.sorted: Recent[tuple[Tensor, Tensor, Tensor]] = Recent()
 
-    @property
-    def program(self) -> Program:
-        return self.plan.program
-
-    def choose(
-        self, sizes: Mapping[str, int], arguments: Mapping[str, object], device: str, asked: Asked
-    ) -> Choice | None:
+    def choose(self, binding: Binding, asked: Asked, device: str = "") -> Choice | None:
         """The order for a call; None for the natural one. Raises ArgumentError for what cannot be.
 
-        sizes: of the call, by the names of SIZES. device: "cuda" or "cpu".
+        device: "cuda" or "cpu", where it is not the binding's.
         """
         if isinstance(asked, Tensor):
-            return self._given(asked, sizes)
-        if asked == "natural" or (asked == "auto" and not self.known):
+            return self._given(asked, binding)
+        if not isinstance(asked, str | tuple | list):
+            raise ArgumentError(f"order is {asked!r}", hint=HINT)
+        wanted = tuple(asked) if isinstance(asked, list) else asked
+        if asked == "auto" and self.program.order is not None:
+            wanted = self.program.order.asked
+        if wanted == "natural" or (wanted == "auto" and not self.known):
             return None
-        scalars = self._scalars(sizes, arguments)
-        key = asked, device, tuple(scalars.items())
-        if key not in self.chosen:
-            self.chosen[key] = self._chosen(asked, sizes, scalars, device)
-        return self.chosen[key]
+        device = device or ("cuda" if binding.device.type == "cuda" else "cpu")
+        scalars = self._scalars(binding)
+        key = wanted, device, tuple(scalars.items())
+        found = self.chosen.find(key)
+        if found is None:
+            empty = 0 in (scalars[name] for name in SIZE_NAMES)
+            found = self._chosen(wanted, scalars, device) if not empty else None
+            found = found or "natural"
+            self.chosen.keep(key, found)
+        return found if isinstance(found, Choice) else None
 
-    def run(
-        self,
-        call: Call,
-        choice: Choice,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        arguments: Mapping[str, object],
-        ordered: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """out and lse, as in the natural order."""
+    def ready(self, start: Start, choice: Choice, binding: Binding, ordered: bool) -> Ready:
+        """Runs a call; out and lse are as in the natural order."""
+        values = {**binding.scalars, **binding.tensors}
+        given = {p.name: values[p.name] for p in self.program.params}
         if choice.step:
             if ordered:
                 raise ArgumentError(
@@ -113,150 +123,172 @@ class Orders:
                     hint="leave ordered out: nothing is copied",
                 )
             assert self.residues is not None
-            return self.residues.run(call, q, k, v, arguments, choice.step)
-        orders = self.positions(choice, q.shape[2], k.shape[2], q.device)
-        return permuted.run(call, self.program, self.plan.mask, q, k, v, arguments, orders, ordered)
+            return self.residues.ready(start, choice.step, choice.shift, given)
+        orders = self.positions(choice, binding)
+        with torch.inference_mode(False):  # inverses too may be saved for gradients
+            return permuted.ready(start, self.program, self.plan.mask, given, orders, ordered)
 
-    def positions(
-        self, choice: Choice, q_len: int, kv_len: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The queries' and the keys' positions, in their new order."""
+    def positions(self, choice: Choice, binding: Binding) -> tuple[Tensor, Tensor]:
+        """The queries' and the keys' positions in their new order, int64 [N] or [B, N]."""
         if choice.order is not None:
             return choice.order, choice.order
-        found = [
-            grid_order(choice.sizes, choice.tile, length, device) for length in (q_len, kv_len)
-        ]
+        lengths, device = (binding.q_len, binding.kv_len), binding.device
+        with torch.inference_mode(False):  # they may be kept, and saved for gradients
+            if choice.by:
+                return self._sorted(binding.tensors[choice.by], *lengths)
+            order = grid_order if capturing(device) else _kept_order
+            of_q, of_kv = (order(choice.sizes, choice.tile, n, device) for n in lengths)
+            return of_q, of_kv
+
+    def check_ordered(self, ordered: bool) -> None:
+        if ordered:
+            raise ArgumentError(
+                "ordered=True, and this call's tokens are in their natural order",
+                hint="say which order they have: order=(8, 16)",
+            )
+
+    def attention_of(self, choice: Choice, binding: Binding) -> tuple[Program, Binding]:
+        """The program over the new positions, and its arguments."""
+        assert not choice.step
+        orders = self.positions(choice, binding)
+        program, names = permuted.permuted(self.program, self.plan.mask, orders[0].dim() == 2)
+        tensors = {**binding.tensors, **dict(zip(names, orders, strict=True))}
+        return program, replace(binding, tensors=tensors)
+
+    def counts(self, choice: Choice, binding: Binding, tile: tuple[int, int]) -> Counts:
+        """Tiles in the order, of all sequences and heads."""
+        if choice.step:
+            assert self.residues is not None
+            return self.residues.counts(choice.step, choice.shift, binding, tile)
+        program, own = self.attention_of(choice, binding)
+        return BoundPlan(analyze(program), own, tile).counts
+
+    def _sorted(self, tensor: Tensor, q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
+        kept = not (tensor.is_inference() or capturing(tensor.device))
+        key = (id(tensor), tensor._version, q_len, kv_len) if kept else None
+        found = self.sorted.find(key)
+        if found is None:
+            of_kv = tensor[..., :kv_len].argsort(dim=-1, stable=True)
+            same = q_len == kv_len
+            of_q = of_kv if same else tensor[..., :q_len].argsort(dim=-1, stable=True)
+            found = of_q, of_kv, tensor
+            self.sorted.keep(key, found)
         return found[0], found[1]
 
     # -- choosing
 
-    def _scalars(
-        self, sizes: Mapping[str, int], arguments: Mapping[str, object]
-    ) -> dict[str, bool | int | float]:
-        """Values of sizes and of scalar parameters; what is wrong with them, binding tells."""
-        found: dict[str, bool | int | float] = dict(sizes)
-        for param in self.program.scalars:
-            value = arguments.get(param.name, param.default)
-            value = value.item() if hasattr(value, "item") else value
-            if isinstance(value, bool | int | float):
-                found[param.name] = value
-        return found
+    def _scalars(self, binding: Binding) -> dict[str, bool | int | float]:
+        """What a choice depends on: the sizes, and scalars of the mask and the grid."""
+        read = {*SIZE_NAMES, *mask_arguments(self.plan)[0]}
+        for axis in self.program.grid:
+            read |= {node.param.name for node in walk(axis.size) if isinstance(node, Scalar)}
+        return {name: binding.scalars[name] for name in sorted(read)}
 
-    def _value(self, expr: Expr, scalars: Mapping[str, bool | int | float]) -> int | None:
-        """An int of scalars; None where one is missing."""
-        names = {node.param.name for node in walk(expr) if isinstance(node, Scalar)}
-        if not names <= set(scalars):
-            return None
+    def _value(self, expr: Expr, scalars: Mapping[str, bool | int | float]) -> int:
         return int(evaluate_unchecked(expr, Env({}, scalars)))
 
-    def _chosen(
-        self,
-        asked: str | tuple[int, ...],
-        sizes: Mapping[str, int],
-        scalars: dict[str, bool | int | float],
-        device: str,
-    ) -> Choice | None:
-        if asked == "residues" or (asked == "auto" and self.residues is not None):
-            return self._by_residue(asked == "residues", sizes, scalars, device)
-        if asked == "auto":
-            return self._best_tile(sizes, scalars, device)
+    def _chosen(self, asked: str | tuple[int, ...], scalars: Scalars, device: str) -> Choice | None:
         if isinstance(asked, tuple):
             return self._by_tile(asked, scalars)
+        if asked == "residues" or (asked == "auto" and self.residues is not None):
+            return self._by_residue(asked == "residues", scalars, device)
+        if asked == "auto":
+            return self._best_tile(scalars, device)
+        if match := re.fullmatch(r"by\((\w+)\)", asked):
+            return self._by_tensor(match[1], scalars)
         raise ArgumentError(
             f"order is {asked!r}",
-            hint="'auto', 'natural', 'residues', tiles of the program's axes such as (8, 16), or "
-            "an int tensor of positions",
+            hint=HINT,
         )
 
-    def _by_residue(
-        self,
-        asked: bool,
-        sizes: Mapping[str, int],
-        scalars: Mapping[str, bool | int | float],
-        device: str,
-    ) -> Choice | None:
+    def _by_residue(self, asked: bool, scalars: Scalars, device: str) -> Choice | None:
         found = self.residues
         if found is None:
-            raise ArgumentError(
-                f"order is 'residues', and the mask of {self.program.name} keeps no residues apart",
-                hint="a mask with (q_idx - kv_idx) % step == 0 does",
+            raise self._refused(
+                f"order is residues, and the mask of {self.program.name} keeps no such residues "
+                "apart",
+                "a mask with (q_idx - kv_idx) % step == 0 does",
             )
-        step = self._value(found.step, scalars)
-        q_len, kv_len = sizes["q_len"], sizes["kv_len"]
-        if step is None or not found.divides(step, q_len, kv_len):
+        step, apart = self._value(found.step, scalars), self._value(found.apart, scalars)
+        if step == 1 and apart == 0:
+            return None  # one class: the natural order
+        q_len, kv_len = int(scalars["q_len"]), int(scalars["kv_len"])
+        if not found.divides(step, q_len, kv_len) or not 0 <= apart < step:
             if not asked:
                 return None
             raise ArgumentError(
-                f"order is 'residues', and the step is {step}",
-                hint=f"a step is from 2 to {residues.LARGEST}, and at most the lengths",
+                f"order is residues, and the mask keeps {apart} modulo {step}",
+                hint="a step is from 1 to the lengths, and what it leaves from 0 to below it",
             )
         why = f"by residue: {step} classes of every {step}th token, as views; nothing is copied"
-        choice = Choice(why, step=step)
+        choice = Choice(why, step=step, shift=found.sign * apart % step)
         if asked:
             return choice
-        if min(q_len, kv_len) // step < residues.SHORTEST:
+        if step > residues.LARGEST or min(q_len, kv_len) // step < residues.SHORTEST:
             return None
-        visited = self._visited(self.plan, sizes, scalars)
-        if visited is None:
-            return choice
-        heads = sizes["batch"] * sizes["heads"]
-        saved = visited * heads * (1 - 1 / step) * TILES[device]
-        calls = min(step, sizes["batch"]) - 1
-        return choice if saved > calls * LAUNCH[device] else None
+        calls, copies = min(step, int(scalars["batch"])) - 1, 0.0
+        if q_len % step or kv_len % step:
+            choice, copies = replace(choice, why=choice.why.split(",")[0] + ", padded"), 1.0
+        elif choice.shift:
+            copies = 0.5
+        copies = max(copies, 0.25 * (calls > 0))  # of four tensors, those that are copied
+        heads = int(scalars["batch"]) * int(scalars["heads"])
+        saved = self._visited(self.plan, scalars) * (1 - 1 / step) * TILES[device]
+        saved -= copies * math.ceil((q_len + kv_len) / 2 / TILE) * COPY[device]
+        return choice if saved * heads > calls * LAUNCH[device] else None
 
-    def _visited(
-        self, plan: Plan, sizes: Mapping[str, int], scalars: Mapping[str, bool | int | float]
-    ) -> float | None:
+    def _by_tensor(self, name: str, scalars: Scalars) -> Choice:
+        by = next((t for t in self.program.tensors if t.name == name), None)
+        if by is None or not by.orders_tokens:
+            raise ArgumentError(
+                f"order is 'by({name})', and {name} is no int tensor of [tokens] or of "
+                "[batch, tokens]",
+                hint="name such a parameter of the program, as doc: int[batch, kv_len]",
+            )
+        tokens, most = scalars[str(by.dims[-1])], max(scalars["q_len"], scalars["kv_len"])
+        if tokens < most:
+            raise ArgumentError(f"order is by {name}, which has {tokens} of {most} tokens")
+        return Choice(f"sorted by {name}, by copies", by=name)
+
+    def _refused(self, what: str, hint: str) -> AttnccError:
+        """Of an order that the program itself may have asked for."""
+        fixed = self.program.order
+        if fixed is None or fixed.span is None:
+            return ArgumentError(what, hint=hint)
+        return ProgramValueError(what, hint=hint, source=self.program.source, span=fixed.span)
+
+    def _visited(self, plan: Plan, scalars: Scalars) -> float:
         """Tiles that a head visits, partial ones for more.
 
-        None where the mask reads tensors, which may be on a GPU.
+        Conditions that read tensors, which may be on a GPU, count as true.
         """
-        if any(isinstance(node, Load) for node in walk(plan.mask)):
-            return None
-        bound = self._bound(plan, sizes, scalars, {})
-        return _work(bound.counts)
+        parts = list(flatten(AND, plan.mask))
+        known = [x for x in parts if not any(isinstance(node, Load) for node in walk(x))]
+        if len(known) < len(parts):
+            plan = analyze(replace(plan.program, mask=conjunction(tuple(known)), order=None))
+        return _work(self._bound(plan, scalars, {}).counts)
 
-    def _bound(
-        self,
-        plan: Plan,
-        sizes: Mapping[str, int],
-        scalars: Mapping[str, bool | int | float],
-        tensors: Mapping[str, Tensor],
-    ) -> BoundPlan:
+    def _bound(self, plan: Plan, scalars: Scalars, tensors: Mapping[str, Tensor]) -> BoundPlan:
         """One sequence and head of a call, on the CPU."""
-        q_len, kv_len, dim = sizes["q_len"], sizes["kv_len"], sizes["head_dim"]
-        own = {**scalars, **sizes, "batch": 1, "heads": 1, "kv_heads": 1}
-        binding = Binding(1, 1, 1, q_len, kv_len, dim, own, tensors)
-        return BoundPlan(plan, binding, (TILE, TILE))
+        q_len, kv_len, dim = (int(scalars[name]) for name in ("q_len", "kv_len", "head_dim"))
+        own = {**scalars, "batch": 1, "heads": 1, "kv_heads": 1}
+        return BoundPlan(plan, Binding(1, 1, 1, q_len, kv_len, dim, own, tensors), (TILE, TILE))
 
     def described(self, binding: Binding) -> list[str]:
         """What `explain` says of a call on a GPU: the order that it gets, and its tiles in it."""
-        sizes = {name: int(binding.scalars[name]) for name in SIZE_NAMES}
-        choice = self.choose(sizes, binding.scalars, "cuda", "auto") if self.known else None
+        if not self.known and self.program.order is None:
+            return []
+        choice = self.choose(binding, "auto", "cuda")
         if choice is None:
-            return ["natural: none pays for its copies or calls"] if self.known else []
-        lengths = sizes["q_len"], sizes["kv_len"]
-        if choice.step:
-            assert self.residues is not None
-            counts = self.residues.counts(choice.step, binding, (TILE, TILE))
-        else:
-            program, names = permuted.permuted(self.program, self.plan.mask)
-            orders = self.positions(choice, *lengths, binding.device)
-            tensors = {**binding.tensors, **dict(zip(names, orders, strict=True))}
-            own = replace(binding, tensors=tensors)
-            counts = BoundPlan(analyze(program), own, (TILE, TILE)).counts
+            fixed = self.program.order is not None and self.program.order.name == "natural"
+            return ["natural: the program says so" if fixed else NATURAL]
+        counts = self.counts(choice, binding, (TILE, TILE))
         total = f"{counts.full} full, {counts.partial} partial, {counts.empty} empty"
         return [choice.why, f"tiles of {TILE} x {TILE} then: {total}"]
 
     # -- grids
 
-    def _grid(self, scalars: Mapping[str, bool | int | float]) -> tuple[int, ...] | None:
-        found = [self._value(axis.size, scalars) for axis in self.program.grid]
-        return None if None in found else tuple(n for n in found if n is not None)
-
-    def _by_tile(
-        self, tile: tuple[int, ...], scalars: Mapping[str, bool | int | float]
-    ) -> Choice | None:
+    def _by_tile(self, tile: tuple[int, ...], scalars: Scalars) -> Choice:
         if self.program.kv_grid is not None:
             raise ArgumentError(
                 "order is tiles of axes, and queries and keys have axes of their own",
@@ -272,67 +304,166 @@ class Orders:
         if not all(isinstance(n, int) and n > 0 for n in tile):
             raise ArgumentError(f"order is tiles of {tile}, expected ints above 0")
         sizes = self._grid(scalars)
-        if sizes is None:
-            return None  # which binding tells
-        return Choice(f"in tiles of {' x '.join(map(str, tile))} tokens, by copies", 0, tile, sizes)
+        why = f"in tiles of {' x '.join(map(str, tile))} tokens, by copies"
+        return Choice(why, tile=tile, sizes=sizes)
 
-    def _best_tile(
-        self,
-        sizes: Mapping[str, int],
-        scalars: Mapping[str, bool | int | float],
-        device: str,
-    ) -> Choice | None:
+    def _grid(self, scalars: Scalars) -> tuple[int, ...]:
+        return tuple(self._value(axis.size, scalars) for axis in self.program.grid)
+
+    def _best_tile(self, scalars: Scalars, device: str) -> Choice | None:
         """The tile of 128 tokens that visits fewest tiles, where that pays for the copies."""
         grid = self._grid(scalars)
         reads = {node for node in walk(self.plan.mask) if isinstance(node, Load | Scalar)}
-        if grid is None or len(grid) < 2 or any(isinstance(node, Load) for node in reads):
+        if not candidates(len(grid)) or any(isinstance(node, Load) for node in reads):
             return None
-        q_len, kv_len = sizes["q_len"], sizes["kv_len"]
+        q_len, kv_len = int(scalars["q_len"]), int(scalars["kv_len"])
         rows = math.ceil(q_len / TILE)
         sampled = rows if Scalar(Q_LEN) in reads else min(rows, SAMPLED)
-        if min(sizes.values()) < 1 or sampled * math.ceil(kv_len / TILE) > MOST_TILES:
+        if max(q_len, kv_len) <= TILE or sampled * math.ceil(kv_len / TILE) > MOST_TILES:
             return None
         picked = torch.linspace(0, rows - 1, sampled).long()[:, None] * TILE + torch.arange(TILE)
         picked = picked[picked < q_len].flatten()
-        cpu = torch.device("cpu")
         program, names = permuted.permuted(self.program, self.plan.mask)
         plan = analyze(program)
 
         def visited(orders: tuple[Tensor, Tensor]) -> Counts:
             tensors = dict(zip(names, (orders[0][picked], orders[1]), strict=True))
-            return self._bound(plan, {**sizes, "q_len": len(picked)}, scalars, tensors).counts
+            return self._bound(plan, {**scalars, "q_len": len(picked)}, tensors).counts
 
-        def grid_orders(tile: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-            return grid_order(grid, tile, q_len, cpu), grid_order(grid, tile, kv_len, cpu)
+        def in_tiles(tile: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+            cpu = torch.device("cpu")
+            return _kept_order(grid, tile, q_len, cpu), _kept_order(grid, tile, kv_len, cpu)
 
         natural = visited((torch.arange(q_len), torch.arange(kv_len)))
-        found = {tile: visited(grid_orders(tile)) for tile in candidates(len(grid))}
-        best = min(found, key=lambda tile: _work(found[tile]), default=None)
-        if best is None:
-            return None
+        found = {tile: visited(in_tiles(tile)) for tile in candidates(len(grid))}
+        best = min(found, key=lambda tile: _work(found[tile]))
         scale = rows / sampled
         saved = (_work(natural) - _work(found[best])) * scale * TILES[device]
         copied = (q_len + kv_len) / 2 / TILE * COPY[device]
-        if (saved - copied) * sizes["batch"] * sizes["heads"] <= LAUNCH[device]:
+        heads = int(scalars["batch"]) * int(scalars["heads"])
+        if (saved - copied) * heads <= LAUNCH[device]:
             return None
         count, before = (round(scale * (of.full + of.partial)) for of in (found[best], natural))
         why = f"in tiles of {' x '.join(map(str, best))} tokens, by copies: "
         why += f"{count} tiles of {TILE} x {TILE} a head in place of {before}"
-        return Choice(why, 0, best, grid)
+        return Choice(why, tile=best, sizes=grid)
 
-    def _given(self, order: Tensor, sizes: Mapping[str, int]) -> Choice:
+    def _given(self, order: Tensor, binding: Binding) -> Choice:
         if order.dim() != 1 or order.dtype not in (torch.int32, torch.int64):
             raise ArgumentError(
                 f"order is a {order.dtype} tensor of shape {tuple(order.shape)}",
                 hint="int64 [tokens]: the positions in their new order",
             )
-        if not sizes["q_len"] == sizes["kv_len"] == len(order):
+        if not binding.q_len == binding.kv_len == len(order):
             raise ArgumentError(
-                f"order has {len(order)} positions, and there are {sizes['q_len']} queries and "
-                f"{sizes['kv_len']} keys",
+                f"order has {len(order)} positions, and there are {binding.q_len} queries and "
+                f"{binding.kv_len} keys",
                 hint="one order serves both, so they have the same length",
             )
-        return Choice("given", order=order.long())
+        if order.device != binding.device:
+            raise ArgumentError(f"order is on {order.device}, but q is on {binding.device}")
+        with torch.inference_mode(False):
+            own = order.clone() if order.is_inference() else order
+            own = own.long()
+            there = own.sort().values == torch.arange(len(own), device=own.device)
+        message = "order does not hold each position once"
+        if capturing(order.device):
+            promise(there.all(), message)
+        elif not bool(there.all()):
+            raise ArgumentError(message, hint="a permutation of 0 to tokens - 1")
+        return Choice("as given, by copies", order=own)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The order of one plan's tokens: `permute` inputs once, and call with ordered=True."""
+
+    orders: Orders
+    asked: Asked
+    binding: Binding
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """None for the natural order."""
+        return self.orders.choose(self.binding, self.asked)
+
+    def __str__(self) -> str:
+        return self.choice.why if self.choice is not None else "natural"
+
+    def permute(self, x: Tensor, dim: int = 2) -> Tensor:
+        """Tokens along `dim` in this order, as a copy; x itself where that is the natural one."""
+        order = self._order(x, dim)
+        return x if order is None else _along(x, dim, order)
+
+    def unpermute(self, x: Tensor, dim: int = 2) -> Tensor:
+        """What `permute` did, undone: for results of calls with ordered=True."""
+        order = self._order(x, dim)
+        return x if order is None else _along(x, dim, inverse(order))
+
+    def counts(self, tile: tuple[int, int] = (TILE, TILE)) -> Counts:
+        """Tiles in this order, of all sequences and heads."""
+        if self.choice is not None:
+            return self.orders.counts(self.choice, self.binding, tile)
+        return BoundPlan(self.orders.plan, self.binding, tile).counts
+
+    @cached_property
+    def _positions(self) -> dict[int, Tensor]:
+        assert self.choice is not None
+        of_q, of_kv = self.orders.positions(self.choice, self.binding)
+        return {self.binding.kv_len: of_kv, self.binding.q_len: of_q}
+
+    def _order(self, x: Tensor, dim: int) -> Tensor | None:
+        if self.choice is None:
+            return None
+        if self.choice.step:
+            raise ArgumentError(
+                "this plan's tokens are taken by residue, as views",
+                hint="hand them in as they are: nothing is copied",
+            )
+        if x.shape[dim] not in self._positions:
+            lengths = " or ".join(map(str, sorted(self._positions)))
+            raise ArgumentError(f"x has {x.shape[dim]} tokens along axis {dim}, expected {lengths}")
+        return self._positions[x.shape[dim]].to(x.device)
+
+
+def _along(x: Tensor, dim: int, order: Tensor) -> Tensor:
+    if order.dim() == 1:
+        return x.index_select(dim, order)
+    rest = [1] * x.dim()
+    rest[0], rest[dim] = order.shape
+    return x.gather(dim, order.view(rest).expand(x.shape))
+
+
+def order_key(order: Asked) -> Hashable:
+    """Equal for equal orders; None where one cannot tell if it changed."""
+    if not isinstance(order, Tensor):
+        return tuple(order) if isinstance(order, list) else order
+    return None if order.is_inference() else (_Same(order), order._version)
+
+
+class _Same:
+    """A tensor as a key, which keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.tensor is other.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
+HINT = (
+    "'auto', 'natural', 'residues', 'by(doc)' of an int tensor, tiles of the program's axes such "
+    "as (8, 16), or an int tensor of positions"
+)
+
+NATURAL = "natural: none pays for its copies or calls"
+
+Scalars = Mapping[str, bool | int | float]
+
+_kept_order = lru_cache(maxsize=64)(grid_order)
 
 
 SAMPLED = 32

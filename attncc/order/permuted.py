@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,59 +14,97 @@ from attncc.ir import expr as ir
 from attncc.ir.expr import Expr, Load, TensorParam
 from attncc.ir.ops import Kind
 from attncc.ir.program import Program
-from attncc.order.residues import Call
+from attncc.order.residues import Ready, Result, Start
 from attncc.order.rewrite import fresh, over
 
 
 @lru_cache(maxsize=64)
-def permuted(program: Program, mask: Expr) -> tuple[Program, tuple[str, str]]:
-    """The program over tokens in another order, and the tensors that say where each was before."""
+def permuted(
+    program: Program, mask: Expr, by_sequence: bool = False
+) -> tuple[Program, tuple[str, str]]:
+    """The program over tokens in another order, and the tensors that say where each was before.
+
+    by_sequence: each sequence of the batch has an order of its own.
+    """
     names = fresh(program, "q_before", "kv_before")
     sizes = "q_len", "kv_len"
+    batch, b = (("batch",), (ir.B,)) if by_sequence else ((), ())
     pairs = zip(names, sizes, strict=True)
-    before = [TensorParam(name, Kind.INT, (size,)) for name, size in pairs]
+    before = [TensorParam(name, Kind.INT, (*batch, size)) for name, size in pairs]
     values: dict[Expr, Expr] = {
-        index: Load(tensor, (index,))
+        index: Load(tensor, (*b, index))
         for index, tensor in zip((ir.Q_IDX, ir.KV_IDX), before, strict=True)
     }
     return over(program, values, tuple(before), mask), (names[0], names[1])
 
 
-def run(
-    call: Call,
+def ready(
+    start: Start,
     program: Program,
     mask: Expr,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     arguments: Mapping[str, object],
     orders: tuple[Tensor, Tensor],
     ordered: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """out [B, Hq, Q, Dv] and lse [B, Hq, Q], as of the program itself.
+) -> Ready:
+    """Runs the program itself.
 
-    orders: of queries and of keys, int64 [N], the positions in their new order.
+    orders: of queries and of keys, int64 [N] or [B, N], the positions in their new order.
     ordered: q, k and v have that order already, and so will out and lse.
     """
-    found, names = permuted(program, mask)
-    given = {**arguments, **dict(zip(names, orders, strict=True))}
-    if ordered:
-        return call(found, q, k, v, given)
     of_q, of_kv = orders
-    out, lse = call(
-        found, q.index_select(2, of_q), k.index_select(2, of_kv), v.index_select(2, of_kv), given
-    )
-    back = inverse(of_q)
-    return out.index_select(2, back), None if lse is None else lse.index_select(2, back)
+    found, names = permuted(program, mask, of_q.dim() == 2)
+    given = {**arguments, **dict(zip(names, orders, strict=True))}
+    started: list[Ready] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        if not started:
+            started.append(start(found, q, k, v, given))
+        return started[0](q, k, v)
+
+    if ordered:
+        return run
+    q_back = inverse(of_q)
+    kv_back = q_back if of_kv is of_q else inverse(of_kv)
+
+    def copied(q: Tensor, k: Tensor, v: Tensor) -> Result:
+        out, lse = run(
+            permute(q, of_q, q_back), permute(k, of_kv, kv_back), permute(v, of_kv, kv_back)
+        )
+        lse = None if lse is None else permute(lse[..., None], q_back, of_q)[..., 0]
+        return permute(out, q_back, of_q), lse
+
+    return copied
+
+
+def permute(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """[B, H, N, D] with its tokens in that order, as a copy; `back` is the inverse."""
+    found: Tensor = _Permute.apply(x, order, back)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Permute(torch.autograd.Function):
+    """A copy, whose gradient is a copy too, where an index's would be a sum by atomic adds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(order, back)
+        if order.dim() == 1:
+            return x.index_select(2, order)
+        sequences = torch.arange(len(order), device=x.device)[:, None]
+        return x[sequences, :, order].transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, back = ctx.saved_tensors
+        return permute(grad, back, order), None, None
 
 
 def inverse(order: Tensor) -> Tensor:
     """Where each position went."""
-    places = torch.arange(len(order), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, places)
+    places = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
-@lru_cache(maxsize=64)
 def grid_order(
     sizes: tuple[int, ...], tile: tuple[int, ...], tokens: int, device: torch.device
 ) -> Tensor:

@@ -19,7 +19,7 @@ def over(program: Program, values: Values, params: tuple[Param, ...], mask: Expr
     positions; sizes among their dims, checked before, become names of their own.
     """
     gone = {v.param.name for v in values if hasattr(v, "param")}
-    taken = {param.name for param in (*program.params, *params)}
+    taken = names(program) | {param.name for param in params}
     tensors = {tensor: _freed(tensor, gone, taken) for tensor in program.tensors}
 
     def moved(expr: Expr | None) -> Expr | None:
@@ -38,6 +38,7 @@ def over(program: Program, values: Values, params: tuple[Param, ...], mask: Expr
         output=moved(program.output),
         grid=(),
         kv_grid=None,
+        order=None,
         comment="",
         source="",
         span=None,
@@ -66,11 +67,17 @@ def _moved(expr: Expr, values: Values, tensors: Mapping[TensorParam, TensorParam
     return done[id(expr)]
 
 
-def fresh(program: Program, *names: str) -> list[str]:
-    """Names like these that no parameter has."""
-    taken = {param.name for param in program.params}
+def names(program: Program) -> set[str]:
+    """Of parameters and of dims."""
+    dims = {dim for tensor in program.tensors for dim in tensor.dims if isinstance(dim, str)}
+    return dims | {param.name for param in program.params}
+
+
+def fresh(program: Program, *wanted: str) -> list[str]:
+    """Names like these that no parameter and no dim has."""
+    taken = names(program)
     found = []
-    for name in names:
+    for name in wanted:
         while name in taken:
             name += "_"
         taken.add(name)
