@@ -24,7 +24,8 @@ from attncc.capture import capturing
 from attncc.errors import ArgumentError, UnsupportedError
 from attncc.ir.plan import Plan
 from attncc.ir.program import Normalize, Program
-from attncc.order import Asked, Orders, Placed, order_key
+from attncc.order import Asked, Orders, order_key
+from attncc.order.placed import Placed
 from attncc.passes import analyze
 from attncc.plans import (
     CallPlan,
@@ -223,9 +224,10 @@ class Attention:
         backend: "dense", "cpu", "triton" or "gluon"; by default the device's own. Never falls back.
         deterministic: gradients bitwise repeatable; also asked for by torch's own switch.
         order:   of tokens while they are computed: "natural"; "residues", where the mask keeps
-                 pairs a multiple of a step apart; tiles of the program's axes, as (8, 16); or the
-                 positions in their order, int64 [N]. By default what a model of costs finds
-                 quickest. Results are the same but for rounding.
+                 pairs of one residue of a step; "by(doc)", sorted by an int tensor of the program;
+                 tiles of the program's axes, as (8, 16); or the positions in their order, int64
+                 [N]. By default the plan's, else the program's own, else what a model of costs
+                 finds quickest. Results are the same but for rounding.
         ordered: q, k and v have that order already, and so will the results; nothing is copied.
 
         Raises ArgumentError, BoundsError, UnsupportedError.

@@ -19,7 +19,7 @@ from attncc.ir.plan import Plan
 from attncc.tiles import BoundPlan, Counts, Density, SegmentTable
 
 if TYPE_CHECKING:
-    from attncc.order import Placed
+    from attncc.order.placed import Placed
 
 T = TypeVar("T")
 
