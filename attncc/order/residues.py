@@ -27,7 +27,7 @@ from attncc.passes.simplify import flatten
 from attncc.tiles import BoundPlan, Counts
 
 LARGEST = 64
-"""Steps above it leave classes of too few tokens, or are no dilation."""
+"""Steps above it are taken where asked for only: their classes are calls of few tokens."""
 
 SHORTEST = 128
 """Tokens of a class: a tile's."""
@@ -55,7 +55,7 @@ class Residues:
 
     def divides(self, step: int, q_len: int, kv_len: int) -> bool:
         """Whether tokens can be ordered by such a step."""
-        return 1 < step <= LARGEST and min(q_len, kv_len) >= step
+        return 1 < step <= min(q_len, kv_len)
 
     def ready(self, start: Start, step: int, shift: int, arguments: Mapping[str, object]) -> Ready:
         """Runs the program itself, class by class or sequence by sequence."""
@@ -65,8 +65,6 @@ class Residues:
             lengths = q.shape[2], k.shape[2]
             q, k, v = (_whole(x, step) for x in (q, k, v))
             one_sequence = q.shape[0] <= step
-            made = _ordered(self, step, shift, one_sequence, any(n % step for n in lengths))
-            sizes = dict(zip(made.names, (*lengths, q.shape[0]), strict=False))
             tensors = [_classes(x, step) for x in (q, k, v)]
             if shift:  # class r of queries meets class r - shift of keys
                 tensors[1:] = [x.roll(shift, 3) for x in tensors[1:]]
@@ -76,6 +74,9 @@ class Residues:
             outs, lses = [], []
             for at, (own_q, own_k, own_v) in enumerate(zip(*unbound, strict=True)):
                 if at not in started:
+                    ragged = any(n % step for n in lengths)
+                    made = _ordered(self, step, shift, one_sequence, ragged)
+                    sizes = dict(zip(made.names, (*lengths, q.shape[0]), strict=False))
                     given = {**arguments, **sizes, made.which: at}
                     started[at] = start(made.program, own_q, own_k, own_v, given)
                 out, lse = started[at](own_q, own_k, own_v)

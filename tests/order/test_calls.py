@@ -71,10 +71,10 @@ def test_keys_of_another_residue(mask: str, batch: int, lengths: tuple[int, int]
         attn(*inputs(batch, *lengths), order="residues", step=4, apart=4)
 
 
-@pytest.mark.parametrize("step", [1, 24, 23])
-def test_steps_at_their_ends(step: int) -> None:
+@pytest.mark.parametrize(("step", "tokens"), [(1, 24), (24, 24), (23, 24), (70, 90)])
+def test_steps_at_their_ends(step: int, tokens: int) -> None:
     attn = attncc.compile("attention a(step: int):\n    mask = (q_idx - kv_idx) % step == 0\n")
-    equal(attn, inputs(2, 24, 24), [], order="residues", step=step)
+    equal(attn, inputs(2, tokens, tokens), [], order="residues", step=step)
 
 
 @pytest.mark.parametrize("step", [0, -4, 25, 10**9])

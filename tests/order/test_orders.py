@@ -18,9 +18,6 @@ from attncc.order import Choice, Orders, permuted, residues
 from attncc.order.permuted import grid_order, inverse
 from attncc.passes import analyze
 from attncc.tiles import BoundPlan
-from tests import strategies
-from tests.cases import bindings
-from tests.interpreted.harness import inputs as inputs_of
 
 DILATED = """
 attention dilated(
@@ -126,27 +123,6 @@ def test_other_masks_have_none(mask: str) -> None:
 
 
 # -- permutations
-
-
-@pytest.mark.fuzz
-@given(strategies.programs(), bindings(1, 24), st.integers(0, 2**20))
-def test_any_order_has_the_dense_meaning(program: Any, binding: Any, seed: int) -> None:
-    attn = attncc.compile(program)
-    random = torch.Generator().manual_seed(seed)
-    given_ = inputs_of(binding, 8)
-    q, k, v = given_.q, given_.k, given_.v
-    orders = [torch.randperm(n, generator=random) for n in (binding.q_len, binding.kv_len)]
-    values = {**binding.scalars, **binding.tensors}
-    arguments = {p.name: values[p.name] for p in program.params}
-
-    def start(program: Any, q: Any, k: Any, v: Any, given: Any) -> Any:
-        ordered = attncc.compile(program)
-        return lambda q, k, v: (ordered.reference(q, k, v, dtype=torch.float64, **given), None)
-
-    run = permuted.ready(start, program, attn.static.mask, arguments, (orders[0], orders[1]), False)
-    out, _ = run(q, k, v)
-    wanted = attn.reference(q, k, v, dtype=torch.float64, **arguments)
-    torch.testing.assert_close(out, wanted, equal_nan=True)
 
 
 GRID = """
