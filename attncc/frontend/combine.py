@@ -58,13 +58,15 @@ def joined(
         mask=mask,
         grid=(),  # coordinates are written out
         kv_grid=None,
+        order=None,  # of one side's mask
         comment="",
     )
     return with_source(program), {p.name: params[p].name for p in second.params}
 
 
 def _is_mask(program: Program) -> bool:
-    return replace(program, params=(), mask=TRUE, grid=(), kv_grid=None) == Program(program.name)
+    rest = replace(program, params=(), mask=TRUE, grid=(), kv_grid=None, order=None)
+    return rest == Program(program.name)
 
 
 def _check_mask(program: Program, symbol: str) -> None:
